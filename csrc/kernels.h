@@ -1,0 +1,95 @@
+// The interface between the kernels and their caller: plain pointers, sizes and a stream, no torch.
+// csrc/ops.cpp, tests/native_module.cpp and the emulation tests call these functions; csrc/cpu and
+// csrc/cuda define them.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace engine {
+
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+
+// Runs body(begin, end) over disjoint ranges that cover [0, n), at least `grain` items in each.
+// The caller brings the thread pool (torch's own, or none), so that no second one is started.
+using ParallelFor = std::function<void(int64_t n, int64_t grain,
+                                       const std::function<void(int64_t begin, int64_t end)>& body)>;
+
+// A small operand: element (n, c) at data[n * row_stride + c]; per-channel operands have
+// row_stride 0. data == nullptr: the operand is absent.
+struct Operand {
+  const void* data = nullptr;
+  int64_t row_stride = 0;
+  DType dtype = DType::f32;
+};
+
+// y = act(GN(x + add) * (1 + scale) + shift), GN(u) = (u - mean) * rstd * weight + bias.
+struct GroupNormSilu {
+  int64_t N, C, S, G;  // batch, channels, spatial size, groups; C % G == 0
+  float eps;
+  bool silu;           // act is SiLU; else the identity
+  bool channels_last;  // x (and y, dx) are (N, S, C) in memory; else (N, C, S)
+  DType dtype;         // of x, y, dy, dx
+  const void* x;
+  Operand weight, bias;       // (C,)
+  Operand add, scale, shift;  // (N, C)
+};
+
+// Gradients of the forward. Every pointer but dx may be null: that gradient is not wanted.
+struct GroupNormSiluGrads {
+  void* dx;  // dtype and layout of x
+  float* dweight;  // (C,)
+  float* dbias;    // (C,)
+  float* dadd;     // (N, C) contiguous, like dscale and dshift
+  float* dscale;
+  float* dshift;
+};
+
+// mean, rstd: (N, G) float32. y: dtype and layout of x.
+void group_norm_silu_fwd_cpu(const GroupNormSilu& p, void* y, float* mean, float* rstd,
+                             const ParallelFor& parallel_for);
+void group_norm_silu_fwd_cuda(const GroupNormSilu& p, void* y, float* mean, float* rstd,
+                              void* stream);
+
+// workspace: 3 * N * C float32, sums over S of (du, du * xhat, xhat) per (n, c).
+void group_norm_silu_bwd_cpu(const GroupNormSilu& p, const void* dy, bool dy_channels_last,
+                             const float* mean, const float* rstd, float* workspace,
+                             const GroupNormSiluGrads& grads, const ParallelFor& parallel_for);
+void group_norm_silu_bwd_cuda(const GroupNormSilu& p, const void* dy, bool dy_channels_last,
+                              const float* mean, const float* rstd, float* workspace,
+                              const GroupNormSiluGrads& grads, void* stream);
+
+// The noise contract (csrc/philox.h): element i of a contiguous tensor takes the normal number
+// offset + i of (seed, step, stream_id). seed and step are read from memory by the kernel, so that
+// a captured launch can be replayed with other values.
+void noise_cpu(void* out, DType dtype, int64_t n, const int64_t* seed, const int64_t* step,
+               uint32_t stream_id, int64_t offset, const ParallelFor& parallel_for);
+void noise_cuda(void* out, DType dtype, int64_t n, const int64_t* seed, const int64_t* step,
+                uint32_t stream_id, int64_t offset, void* stream);
+
+// One reverse step. With row = coeffs[step] = (a, b, c, d, s):
+//   x0 = clamp(a * x + b * model_out, -clip, clip);  x_next = c * x0 + d * x + s * z
+// z: `noise` if given, else normal number offset + i of (seed, step, stream 0), i the element's index
+// in the contiguous (N, C, S) order whatever the layouts; not drawn where s == 0. NaN passes the
+// clamp. A step outside [0, n_steps) gives NaN.
+struct ReverseStep {
+  int64_t N, C, S;
+  DType dtype;                  // of x, noise and x_next
+  DType model_out_dtype;
+  bool x_channels_last;         // x and x_next
+  bool model_out_channels_last;
+  bool noise_channels_last;
+  const void* x;
+  const void* model_out;
+  const void* noise;            // null: drawn from the key
+  const float* coeffs;          // (n_steps, 5) contiguous
+  int64_t n_steps;
+  const int64_t* step;
+  const int64_t* seed;          // read only when noise is null
+  int64_t offset;
+  float clip;                   // infinity: no clipping
+};
+void reverse_step_fwd_cpu(const ReverseStep& p, void* x_next, const ParallelFor& parallel_for);
+void reverse_step_fwd_cuda(const ReverseStep& p, void* x_next, void* stream);
+
+}  // namespace engine

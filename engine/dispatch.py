@@ -1,0 +1,136 @@
+"""Which back end serves a call, and why the others do not. The only file that imports back ends."""
+
+import importlib.util
+import os
+
+import torch
+
+IMPLS = ("auto", "eager", "native", "triton")
+
+# What `auto` tries, in order, per device. Triton on a CPU tensor is the interpreter: a test tool,
+# never a choice of `auto`. On CUDA, PyTorch's SDPA (cuDNN or flash) stays first for attention until
+# a committed result shows ours faster.
+ORDER = {
+    "group_norm_silu": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
+    "attention": {"cpu": ("eager",), "cuda": ("eager", "triton")},
+    "reverse_step": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
+    "noise": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
+}
+
+# What is known of a path beyond "it serves": printed by explain.
+EVIDENCE = {
+    ("native", "cuda"): "emulated on a CPU and compiled for sm_80, sm_90; not yet run on a GPU",
+    ("triton", "cuda"): "interpreted, compiled for sm_80, sm_90, sm_100; not yet run on a GPU",
+    ("triton", "cpu"): "the interpreter: for tests, thousands of times slower than native",
+}
+
+
+class BackendError(RuntimeError):
+    """An explicit `impl` or ENGINE_BACKEND cannot serve this call."""
+
+
+def requested(impl: str) -> str:
+    """`impl`, or for "auto" what ENGINE_BACKEND says."""
+    source = "impl"
+    if impl == "auto":
+        impl, source = os.environ.get("ENGINE_BACKEND", "auto"), "ENGINE_BACKEND"
+    if impl not in IMPLS:
+        raise ValueError(f"{source}={impl!r} is unknown: choose one of {', '.join(IMPLS)}")
+    return impl
+
+
+@torch.compiler.assume_constant_result
+def absence(op: str, backend: str) -> str:
+    """Why this back end is not there at all for this op; "" when it is."""
+    if backend == "native":
+        if op == "attention":
+            return "has no attention kernel yet; PyTorch's SDPA (eager) serves it"
+        from .kernels import native
+
+        return native.available() or ""
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    return ""
+
+
+def module(op: str, backend: str):
+    """The back end's module for this op, imported on first use."""
+    # Import statements, not importlib: torch.compile traces them.
+    if backend == "native":
+        from .kernels import native as found
+    elif backend == "eager":
+        from .kernels import eager as found
+    elif op == "group_norm_silu":
+        from .kernels import group_norm_silu as found
+    elif op == "attention":
+        from .kernels import attention as found
+    elif op == "reverse_step":
+        from .kernels import reverse_step as found
+    else:
+        from .kernels import noise as found
+    return found
+
+
+def refusals(op: str, backend: str, args: tuple) -> list[str]:
+    """The sentences that say why `backend` does not serve this call; empty when it does."""
+    missing = absence(op, backend)
+    if missing:
+        return [missing]
+    if backend != "eager" and op == "reverse_step" and _wants_gradient(args):
+        return ["has no gradient: call it under torch.no_grad(), or use eager"]
+    return module(op, backend).refusals(op, *args)
+
+
+def _wants_gradient(args: tuple) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(a, torch.Tensor) and a.requires_grad for a in args
+    )
+
+
+def pick(op: str, impl: str, *args) -> str:
+    """The name of the back end that serves this call.
+
+    An explicit request is served or raises BackendError; "auto" takes the first of ORDER that does
+    not refuse. ENGINE_BACKEND is a request too, except for ops which that back end does not have.
+    """
+    explicit = requested(impl)
+    if explicit == "native" and op == "attention" and impl == "auto":
+        explicit = "auto"
+    if explicit == "auto":
+        for backend in ORDER[op].get(args[0].device.type, ("eager",)):
+            if not refusals(op, backend, args):
+                return backend
+        return "eager"
+    reasons = refusals(op, explicit, args)
+    if reasons:
+        raise BackendError(
+            f"{op}: {explicit} was requested and cannot serve this call\n{table(op, *args)}"
+        )
+    return explicit
+
+
+def table(op: str, *args) -> str:
+    """One line per back end: serves or refuses, and why; an arrow at the choice of `auto`."""
+    device = args[0].device.type
+    chosen = pick(op, "auto", *args) if requested("auto") == "auto" else requested("auto")
+    x = args[0]
+    lines = [f"{op} on {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} {device}"]
+    for backend in IMPLS[1:]:
+        reasons = refusals(op, backend, args)
+        verdict = "refuses: " + "; ".join(reasons) if reasons else "serves"
+        evidence = EVIDENCE.get((backend, device)) if not reasons else None
+        note = f" ({evidence})" if evidence else ""
+        arrow = "  ← auto" if backend == chosen else ""
+        lines.append(f"  {backend:7s}{verdict}{note}{arrow}")
+    return "\n".join(lines)
+
+
+def function(op: str, stage: str, backend: str):
+    """`<op>_<stage>` of the back end; under torch.compile a registered, opaque op."""
+    name = f"{op}_{stage}"
+    if backend == "triton":
+        found = module(op, backend)  # importing it registers the op
+        if torch.compiler.is_compiling():
+            return getattr(torch.ops.engine_triton, name)
+        return getattr(found, name)
+    return getattr(module(op, backend), name)

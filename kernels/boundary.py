@@ -1,0 +1,106 @@
+"""The registered boundary of each op: its schema, and its fake, which says shapes without computing.
+
+`native` (namespace `engine`, schemas repeated in csrc/ops.cpp) and `triton` (namespace
+`engine_triton`) register the same ops, so that torch.compile sees one opaque node per call.
+"""
+
+import torch
+
+NATIVE, TRITON = "engine", "engine_triton"
+
+SCHEMAS = {
+    "group_norm_silu_fwd": (
+        "(Tensor x, Tensor? weight, Tensor? bias, Tensor? add, Tensor? scale, Tensor? shift, "
+        "int num_groups, float eps, bool silu) -> (Tensor y, Tensor mean, Tensor rstd)"
+    ),
+    "group_norm_silu_bwd": (
+        "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? add, Tensor? scale, "
+        "Tensor? shift, Tensor mean, Tensor rstd, int num_groups, bool silu) -> "
+        "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dadd, Tensor dscale, Tensor dshift)"
+    ),
+    "attention_fwd": "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor lse)",
+    "attention_bwd": (
+        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale) -> "
+        "(Tensor dq, Tensor dk, Tensor dv)"
+    ),
+    "reverse_step_fwd": (
+        "(Tensor x, Tensor model_out, Tensor coeffs, Tensor step, Tensor? seed, Tensor? noise, "
+        "float clip, int offset) -> Tensor"
+    ),
+    "noise_fwd": "(Tensor(a!) out, Tensor seed, Tensor step, int stream, int offset) -> ()",
+}
+
+
+def empty_heads(q: torch.Tensor, length: int, head_dim: int) -> torch.Tensor:
+    """(N, heads, length, D) whose memory is (N, length, heads, D): merging heads is then free."""
+    n, heads = q.shape[:2]
+    return q.new_empty((n, length, heads, head_dim)).transpose(1, 2)
+
+
+def _group_norm_silu_fwd(x, weight, bias, add, scale, shift, num_groups, eps, silu):
+    stats = (x.shape[0], num_groups)
+    return (
+        torch.empty_like(x),
+        x.new_empty(stats, dtype=torch.float32),
+        x.new_empty(stats, dtype=torch.float32),
+    )
+
+
+def _group_norm_silu_bwd(
+    dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu
+):  # absent operands have gradients of shape (0,)
+    def grad(operand, *shape):
+        return x.new_empty(shape if operand is not None else (0,), dtype=torch.float32)
+
+    n, c = x.shape[:2]
+    return (
+        torch.empty_like(x),
+        grad(weight, c),
+        grad(bias, c),
+        grad(add, n, c),
+        grad(scale, n, c),
+        grad(shift, n, c),
+    )
+
+
+def _attention_fwd(q, k, v, scale):
+    out = empty_heads(q, q.shape[2], v.shape[3])
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _attention_bwd(dout, q, k, v, out, lse, scale):
+    return tuple(empty_heads(t, t.shape[2], t.shape[3]) for t in (q, k, v))
+
+
+def _reverse_step_fwd(x, model_out, coeffs, step, seed, noise, clip, offset):
+    return torch.empty_like(x)
+
+
+def _noise_fwd(out, seed, step, stream, offset):
+    return None
+
+
+FAKES = {
+    "group_norm_silu_fwd": _group_norm_silu_fwd,
+    "group_norm_silu_bwd": _group_norm_silu_bwd,
+    "attention_fwd": _attention_fwd,
+    "attention_bwd": _attention_bwd,
+    "reverse_step_fwd": _reverse_step_fwd,
+    "noise_fwd": _noise_fwd,
+}
+
+
+def register_fakes(namespace: str, ops: tuple[str, ...]) -> None:
+    for op in ops:
+        torch.library.register_fake(f"{namespace}::{op}", FAKES[op])
+
+
+def define(namespace: str, functions: dict) -> torch.library.Library:
+    """Registers Python launchers (op name → function) for CPU and CUDA; keep the result alive."""
+    library = torch.library.Library(namespace, "FRAGMENT")
+    for op, function in functions.items():
+        library.define(op + SCHEMAS[op])
+        library.impl(op, function, "CPU")
+        library.impl(op, function, "CUDA")
+    register_fakes(namespace, tuple(functions))
+    return library

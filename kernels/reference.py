@@ -1,0 +1,70 @@
+"""The truth: each op in plain PyTorch, spelled out as its equation. Run it in float64 to judge others."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def group_norm_silu(
+    x: Tensor,  # (N, C, *S)
+    weight: Tensor | None,  # (C,)
+    bias: Tensor | None,  # (C,)
+    num_groups: int,
+    eps: float = 1e-5,
+    *,
+    add: Tensor | None = None,  # (N, C)
+    scale: Tensor | None = None,  # (N, C)
+    shift: Tensor | None = None,  # (N, C)
+    silu: bool = True,
+) -> Tensor:
+    """y = act(((u − mean) / √(var + eps) · weight + bias) · (1 + scale) + shift), u = x + add.
+
+    Mean and biased variance over each group of C / num_groups channels and all of S
+    (Wu & He 2018, eq. 1–3); SiLU v·σ(v); scale and shift as in AdaGN (Dhariwal & Nichol 2021, §3.1).
+    """
+    n, c = x.shape[:2]
+    per_channel = (n, c, *[1] * (x.dim() - 2))
+    u = x if add is None else x + add.reshape(per_channel)
+    grouped = u.reshape(n, num_groups, -1)
+    mean = grouped.mean(-1, keepdim=True)
+    centred = grouped - mean
+    var = (centred * centred).mean(-1, keepdim=True)
+    v = (centred / torch.sqrt(var + eps)).reshape(x.shape)
+    if weight is not None:
+        v = v * weight.reshape(1, c, *per_channel[2:])
+    if bias is not None:
+        v = v + bias.reshape(1, c, *per_channel[2:])
+    if scale is not None:
+        v = v * (1 + scale.reshape(per_channel))
+    if shift is not None:
+        v = v + shift.reshape(per_channel)
+    return v * torch.sigmoid(v) if silu else v
+
+
+def attention(
+    q: Tensor,  # (N, heads, S, D)
+    k: Tensor,  # (N, heads, Sk, D)
+    v: Tensor,  # (N, heads, Sk, Dv)
+    scale: float | None = None,
+) -> Tensor:
+    """out = softmax(q kᵀ · scale) v, scale 1/√D unless given (Vaswani et al. 2017, eq. 1)."""
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1) @ v
+
+
+def reverse_step(
+    x: Tensor,  # (N, C, *S)
+    model_out: Tensor,  # (N, C, *S)
+    coeffs: Tensor,  # (n_steps, 5)
+    step: int,
+    noise: Tensor | None,  # (N, C, *S); None: zero
+    clip: float | None = 1.0,
+) -> Tensor:
+    """x0 = clip(a·x + b·out); x' = c·x0 + d·x + s·z with (a, b, c, d, s) = coeffs[step]."""
+    a, b, c, d, s = coeffs[step].unbind()
+    x0 = a * x + b * model_out
+    if clip is not None and clip != math.inf:
+        x0 = x0.clamp(-clip, clip)
+    x_next = c * x0 + d * x
+    return x_next if noise is None else x_next + s * noise
