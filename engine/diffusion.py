@@ -1,0 +1,157 @@
+"""The forward process, its posterior, the parameterisations and the losses of DDPM.
+
+Symbols as in Ho et al. 2020: q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I), t = 0 … T−1.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import schedules
+
+PREDICTIONS = ("eps", "x0", "v")
+VARIANCES = ("small", "large")
+LOSSES = ("l1", "l2", "huber")
+
+
+class Diffusion:
+    """The diffusion process of one noise schedule. Tables are float64 and cast where they are used.
+
+    betas       (T,) noise schedule, 0 < β < 1 (schedules.betas)
+    prediction  what the network predicts: "eps" the noise, "x0" the image, or
+                "v" = √ᾱ ε − √(1−ᾱ) x_0 (Salimans & Ho 2022)
+    variance    of the reverse step: "small" β̃_t, "large" β_t (Ho et al. 2020, §3.2)
+    loss        "l1" |·|, "l2" (·)², "huber" smooth L1 with β = 1, between target and prediction
+    """
+
+    def __init__(
+        self,
+        betas: Tensor,
+        *,
+        prediction: str = "eps",
+        variance: str = "small",
+        loss: str = "l2",
+    ) -> None:
+        for name, value, choices in (
+            ("prediction", prediction, PREDICTIONS),
+            ("variance", variance, VARIANCES),
+            ("loss", loss, LOSSES),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+        beta = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
+        if beta.dim() != 1 or len(beta) < 1 or not bool(((beta > 0) & (beta < 1)).all()):
+            raise ValueError(f"betas is {tuple(beta.shape)}, expected (T,) with 0 < beta < 1")
+        self.prediction, self.variance, self.loss_type = prediction, variance, loss
+        self.T = len(beta)
+        self.betas = beta
+        self.alpha_bar = schedules.alpha_bar(beta)
+        self.alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
+        self._tables: dict = {}
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε (Ho et al. 2020, eq. 4). x0, noise (N, *); t (N,) int64."""
+        a = self._at("sqrt_alpha_bar", t, x0)
+        s = self._at("sqrt_one_minus_alpha_bar", t, x0)
+        return a * x0 + s * noise
+
+    def predict_x0(self, x_t: Tensor, t: Tensor, model_out: Tensor) -> Tensor:
+        """x̂_0 from the network's output, not clipped.
+
+        eps: (x_t − √(1−ᾱ) ε)/√ᾱ (Ho et al. 2020, eq. 15);  v: √ᾱ x_t − √(1−ᾱ) v;  x0: itself.
+        """
+        from_x, from_out = (self._at(name, t, x_t) for name in ("x0_from_x", "x0_from_out"))
+        return from_x * x_t + from_out * model_out
+
+    def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """q(x_{t−1} | x_t, x_0) (Ho et al. 2020, eq. 6–7) → mean (N, *), variance (N, 1, …).
+
+        mean = √ᾱ_{t−1} β_t/(1−ᾱ_t) x_0 + √α_t (1−ᾱ_{t−1})/(1−ᾱ_t) x_t. The variance is the reverse
+        step's choice: "small" β̃_t (zero at t = 0), "large" β_t, with β̃_1 at t = 0, where no noise
+        is added.
+        """
+        c, d = (self._at(name, t, x_t) for name in ("posterior_x0", "posterior_x"))
+        return c * x0 + d * x_t, self._at("posterior_variance", t, x_t)
+
+    def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the network should predict for x_t = q_sample(x0, t, noise)."""
+        if self.prediction == "eps":
+            return noise
+        if self.prediction == "x0":
+            return x0
+        a = self._at("sqrt_alpha_bar", t, x0)
+        s = self._at("sqrt_one_minus_alpha_bar", t, x0)
+        return a * noise - s * x0
+
+    def loss(
+        self,
+        model: Callable,  # model(x_t, t) or model(x_t, t, y) → (N, C, H, W)
+        x0: Tensor,  # (N, C, H, W) in [−1, 1]
+        *,
+        t: Tensor | None = None,  # (N,) int64, uniform over 0 … T−1 unless given
+        noise: Tensor | None = None,  # (N, C, H, W), standard normal unless given
+        y: Tensor | None = None,  # (N,) class labels
+    ) -> Tensor:
+        """L_simple = mean ℓ(target, model(x_t, t)) (Ho et al. 2020, eq. 14), a float32 scalar."""
+        if t is None:
+            t = torch.randint(self.T, (x0.shape[0],), device=x0.device)
+        if noise is None:
+            noise = torch.randn_like(x0)
+        x_t = self.q_sample(x0, t, noise)
+        out = (model(x_t, t) if y is None else model(x_t, t, y)).float()
+        if out.shape != x0.shape:
+            raise ValueError(
+                f"the model returned {tuple(out.shape)}, expected {tuple(x0.shape)} like its input"
+            )
+        target = self.target(x0, t, noise).float()
+        distance = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}[self.loss_type]
+        return distance(out, target)
+
+    def x0_rows(self) -> tuple[Tensor, Tensor]:
+        """(T,) each: x̂_0 = row_x · x_t + row_out · model_out."""
+        root, rest = self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()
+        if self.prediction == "eps":
+            return 1 / root, -rest / root
+        if self.prediction == "v":
+            return root, -rest
+        return torch.zeros_like(root), torch.ones_like(root)
+
+    def _table(self, name: str) -> Tensor:  # (T,) float64
+        if name in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"):
+            return (self.alpha_bar if name == "sqrt_alpha_bar" else 1 - self.alpha_bar).sqrt()
+        if name in ("x0_from_x", "x0_from_out"):
+            return self.x0_rows()[name == "x0_from_out"]
+        x0, x, variance = posterior_rows(self.alpha_bar, self.alpha_bar_prev, self.variance)
+        return {"posterior_x0": x0, "posterior_x": x, "posterior_variance": variance}[name]
+
+    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """Table entries for t, shaped to broadcast over `like` (N, *)."""
+        key = (name, like.device, like.dtype)
+        if key not in self._tables:
+            # Never below float32: in bfloat16, √ᾱ of neighbouring steps would be the same number.
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            self._tables[key] = self._table(name).to(device=like.device, dtype=dtype)
+        return self._tables[key][t].reshape(-1, *[1] * (like.dim() - 1))
+
+
+def posterior_rows(
+    alpha_bar: Tensor, alpha_bar_prev: Tensor, variance: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients of x_0 and x_t in the posterior mean, and the variance; (n,) float64 each.
+
+    Written in ᾱ of this step and of the next lower kept one, so that it also serves runs that skip
+    steps: α = ᾱ/ᾱ_prev, β = 1 − α.
+    """
+    alpha = alpha_bar / alpha_bar_prev
+    beta = 1 - alpha
+    from_x0 = beta * alpha_bar_prev.sqrt() / (1 - alpha_bar)
+    from_x = (1 - alpha_bar_prev) * alpha.sqrt() / (1 - alpha_bar)
+    small = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    if variance == "small":
+        return from_x0, from_x, small
+    large = beta.clone()
+    if len(large) > 1:
+        large[0] = small[1]
+    return from_x0, from_x, large

@@ -1,0 +1,187 @@
+"""The U-Net: parameter counts, options, and the whole model fused against eager."""
+
+import copy
+
+import pytest
+import torch
+from budget import error
+
+import engine
+from engine import schedules
+
+SMALL = dict(
+    image_size=8,
+    in_channels=2,
+    model_channels=16,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    num_groups=4,
+)
+OPTIONS = {
+    "plain": {},
+    "ddpm": dict(embedding="sin_cos", asymmetric_padding=True, norm_eps=1e-6),
+    "adm": dict(conditioning="scale_shift", resample="biggan", head_channels=8),
+    "classes": dict(num_classes=5, conditioning="scale_shift"),
+    "learned variance": dict(out_channels=4),
+    "three levels": dict(channel_mult=(1, 1, 2), num_heads=2, attention_resolutions=(2, 4)),
+}
+
+
+def alive(model: torch.nn.Module) -> torch.nn.Module:
+    """Random values in place of the zero-initialised weights, so that every branch is seen."""
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                p.copy_(torch.randn(p.shape, generator=g) * 0.1)
+    return model
+
+
+def inputs(model, n=2):
+    g = torch.Generator().manual_seed(2)
+    size, channels = model.config["image_size"], model.config["in_channels"]
+    x = torch.randn(n, channels, size, size, generator=g)
+    y = torch.tensor([1, 3])[:n] if model.config["num_classes"] else None
+    return x, torch.tensor([3, 900])[:n], y
+
+
+def test_cifar10_parameter_count():
+    with torch.device("meta"):
+        model = engine.UNet.from_preset("cifar10")
+    assert sum(p.numel() for p in model.parameters()) == 35_746_307
+
+
+def test_preset_overrides_and_config_round_trip():
+    model = engine.UNet.from_preset("fashion-mnist", num_classes=10)
+    again = engine.UNet(**model.config)
+    assert again.config == model.config and again.label_embed.num_embeddings == 10
+    again.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_starts_at_zero_and_has_gradients_everywhere(option):
+    model = engine.UNet(**{**SMALL, **OPTIONS[option]})
+    x, t, y = inputs(model)
+    out = model(x, t, y)
+    assert out.shape == (2, model.config["out_channels"] or 2, 8, 8)
+    assert not out.any()
+    alive(model)(x, t, y).square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    # A shift of all keys changes no softmax; every other parameter must matter.
+    dead = [n for n, p in model.named_parameters() if not p.grad.any()]
+    assert dead == []
+
+
+@pytest.mark.parametrize("impl", ["native", "triton"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_fused_and_eager_agree(option, impl, monkeypatch):
+    if impl == "triton" and option not in ("plain", "adm"):
+        pytest.skip("the interpreter is slow: two models are enough")
+    model = alive(engine.UNet(**{**SMALL, **OPTIONS[option]}))
+    x, t, y = inputs(model)
+
+    def run(backend, net=model, dtype=torch.float32):
+        monkeypatch.setenv("ENGINE_BACKEND", backend)
+        net.zero_grad()
+        out = net(x.to(dtype), t, y)
+        out.square().mean().backward()
+        return out.detach(), torch.cat([p.grad.flatten() for p in net.parameters()])
+
+    exact = run("eager", copy.deepcopy(model).double(), torch.float64)
+    plain, fused = run("eager"), run(impl)
+    for truth, a, b in zip(exact, plain, fused, strict=True):
+        step = torch.finfo(torch.float32).eps * truth.abs().max().item()
+        assert error(b, truth) <= 2 * (error(a, truth) + step)
+
+
+def test_output_and_hidden_layout_is_channels_last(monkeypatch):
+    model = alive(engine.UNet(**SMALL))
+    seen = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda m, i, out: seen.append((i[0], out)))
+    x, t, y = inputs(model)
+    model(x, t, y)
+    for pair in seen:
+        for h in pair:
+            assert h.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_ten_training_steps_agree(monkeypatch):
+    """Losses of ten AdamW steps, fused against eager, same data and noise."""
+    process = engine.Diffusion(schedules.betas("cosine", 100))
+
+    def train(backend):
+        monkeypatch.setenv("ENGINE_BACKEND", backend)
+        torch.manual_seed(0)
+        model = engine.UNet(**SMALL)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses = []
+        for _ in range(10):
+            loss = process.loss(model, torch.rand(4, 2, 8, 8) * 2 - 1)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        return losses
+
+    assert train("native") == pytest.approx(train("eager"), rel=1e-4)
+
+
+def test_sampling_agrees_with_injected_noise(monkeypatch):
+    model = alive(engine.UNet(**SMALL)).eval()
+    process = engine.Diffusion(schedules.betas("cosine", 50))
+
+    def draw(backend):
+        monkeypatch.setenv("ENGINE_BACKEND", backend)
+        return engine.sample(model, process, (2, 2, 8, 8), steps=8, seed=3)
+
+    assert torch.allclose(draw("native"), draw("eager"), atol=1e-3)
+
+
+def test_compiles_as_one_graph():
+    model = alive(engine.UNet(**SMALL))
+    x, t, y = inputs(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x, t), model(x, t), atol=1e-4)
+
+
+def test_autocast_keeps_bfloat16_between_convolutions():
+    model = alive(engine.UNet(**SMALL))
+    x, t, y = inputs(model)
+    dtypes = set()
+    for module in model.modules():
+        if type(module).__name__ == "GroupNormSiLU":
+            module.register_forward_hook(lambda m, i, out: dtypes.add((i[0].dtype, out.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x, t)
+    assert dtypes == {(torch.bfloat16, torch.bfloat16)} and out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (lambda: engine.UNet.from_preset("mnist"), "choose one of fashion-mnist, cifar10"),
+        (lambda: engine.UNet.from_preset("cifar10", width=3), "preset 'cifar10'"),
+        (lambda: engine.UNet(**{**SMALL, "image_size": 7}), "cannot be halved"),
+        (lambda: engine.UNet(**{**SMALL, "num_groups": 5}), "cannot be split into num_groups=5"),
+        (lambda: engine.UNet(**{**SMALL, "num_heads": 7}), "heads of 7"),
+        (lambda: engine.UNet(**{**SMALL, "conditioning": "film"}), "expected one of add"),
+        (lambda: engine.UNet(**SMALL)(torch.ones(1, 3, 8, 8), torch.ones(1)), "x is"),
+        (lambda: engine.UNet(**SMALL)(torch.ones(1, 2, 9, 8), torch.ones(1)), "multiples of 2"),
+        (lambda: engine.UNet(**SMALL)(torch.ones(2, 2, 8, 8), torch.ones(1)), "one step per image"),
+        (
+            lambda: engine.UNet(**SMALL)(torch.ones(1, 2, 8, 8), torch.ones(1), torch.ones(1)),
+            "takes no y",
+        ),
+        (
+            lambda: engine.UNet(**SMALL, num_classes=3)(torch.ones(1, 2, 8, 8), torch.ones(1)),
+            "needs y",
+        ),
+    ],
+)
+def test_bad_input(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
