@@ -1,0 +1,126 @@
+"""Every op on every back end under torch.compile(fullgraph=True), and through opcheck."""
+
+import pytest
+import torch
+from conftest import DEVICE
+from test_group_norm_silu import as_layout, make_inputs
+
+from engine import ops
+from engine.kernels import boundary
+
+OP = "all"
+PRESENT = [
+    (op, backend)
+    for op in ("group_norm_silu", "attention", "reverse_step", "noise")
+    for backend in ("eager", "native", "triton")
+    if (op, backend) != ("attention", "native")
+]
+
+
+def call(op: str, impl: str):
+    """→ function, leaf inputs."""
+    if op == "group_norm_silu":
+        inputs = make_inputs((2, 8, 4, 6), torch.float32, ("add", "scale", "shift"))
+        inputs["x"] = as_layout(inputs["x"], "channels_last")
+        leaves = [t.detach().requires_grad_() for t in inputs.values()]
+
+        def function(x, weight, bias, add, scale, shift):
+            rest = {"add": add, "scale": scale, "shift": shift}
+            return ops.group_norm_silu(x * 1, weight, bias, 2, **rest, impl=impl)
+
+    elif op == "attention":
+        leaves = [torch.randn(1, 2, 9, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+
+        def function(q, k, v):
+            return ops.attention(q * 1, k, v, impl=impl)
+
+    elif op == "reverse_step":
+        leaves = [torch.randn(2, 3, 4, 4, device=DEVICE) for _ in range(2)]
+        coeffs = torch.rand(10, 5, device=DEVICE)
+
+        def function(x, out):
+            return ops.reverse_step(x * 1, out, coeffs, 3, key=5, impl=impl)
+
+    else:
+        leaves = [torch.randn(2, 3, 4, 4, device=DEVICE)]
+
+        def function(x):
+            return x + ops.noise(1, 2, 3, x.shape, device=x.device, impl=impl)
+
+    return function, leaves
+
+
+@pytest.fixture
+def backend(request):
+    return request.getfixturevalue("impl_name")
+
+
+@pytest.mark.parametrize("op, impl_name", PRESENT)
+def test_fullgraph(op, impl_name, backend):
+    function, leaves = call(op, impl_name)
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    out, expected = compiled(*leaves), function(*leaves)
+    assert torch.equal(out, expected) or torch.allclose(out, expected, rtol=1e-5, atol=1e-6)
+    if expected.requires_grad:
+        dout = torch.randn_like(expected)
+        grads = torch.autograd.grad(out, leaves, dout)
+        for a, b in zip(grads, torch.autograd.grad(expected, leaves, dout), strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl_name", ["eager", "native"])
+def test_dynamic_batch_is_one_graph(impl_name, backend):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+
+    def function(x, w):
+        return ops.group_norm_silu(x, w, None, 2, impl=impl_name)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    w = torch.rand(8, device=DEVICE)
+    for n in (2, 3, 5):
+        x = torch.randn(n, 8, 4, 4, device=DEVICE)
+        assert torch.allclose(compiled(x, w), function(x, w), atol=1e-6)
+    assert counter.frame_count == 1
+
+
+def opcheck_arguments(op: str):
+    x = torch.randn(2, 8, 4, 6, device=DEVICE)
+    inputs = make_inputs((2, 8, 4, 6), torch.float32, ("add", "scale", "shift"))
+    operands = [inputs[k].detach() for k in ("weight", "bias", "add", "scale", "shift")]
+    stats = [torch.rand(2, 2, device=DEVICE) for _ in range(2)]
+    q = torch.randn(1, 2, 9, 16, device=DEVICE)
+    step, seed = (torch.tensor(v, device=DEVICE) for v in (3, 7))
+    coeffs = torch.rand(10, 5, device=DEVICE)
+    lse = torch.zeros(1, 2, 9, device=DEVICE)
+    last = x.contiguous(memory_format=torch.channels_last)
+    return {
+        "group_norm_silu_fwd": [(x, *operands, 2, 1e-5, True), (last, *[None] * 5, 2, 1e-5, False)],
+        "group_norm_silu_bwd": [
+            (x, x, *operands, *stats, 2, True),
+            (x, last, *[None] * 5, *stats, 2, False),
+        ],
+        "attention_fwd": [(q, q, q, 0.25)],
+        "attention_bwd": [(q, q, q, q, q, lse, 0.25)],
+        "reverse_step_fwd": [
+            (x, x, coeffs, step, seed, None, 1.0, 0),
+            (last, x, coeffs, step, None, x, 1.0, 0),
+        ],
+        "noise_fwd": [(torch.empty(3, 5, device=DEVICE), seed, step, 0, 0)],
+    }[op]
+
+
+@pytest.mark.parametrize("op", boundary.SCHEMAS)
+@pytest.mark.parametrize("impl_name", ["native", "triton"])
+def test_opcheck(op, impl_name, backend):
+    if impl_name == "native" and op.startswith("attention"):
+        pytest.skip("native has no attention kernel")
+    function, leaves = call(op.rsplit("_", 1)[0], impl_name)
+    function(*leaves)  # loads and registers
+    namespace = {"native": boundary.NATIVE, "triton": boundary.TRITON}[impl_name]
+    overload = getattr(getattr(torch.ops, namespace), op).default
+    for arguments in opcheck_arguments(op):
+        torch.library.opcheck(overload, arguments)
+
+
