@@ -14,7 +14,7 @@ if not os.path.isdir(os.path.join(__path__[0], "kernels")):
 _HOME = {
     "Diffusion": "diffusion",
     "UNet": "unet",
-    "explain": "dispatch",
+    "explain": "ops",
     "load": "checkpoint",
     "noise": "ops",
     "sample": "samplers",

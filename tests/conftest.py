@@ -44,9 +44,12 @@ def impl(backend, monkeypatch) -> str:
     if backend != EMULATED:
         return backend
     emulated = emulation.backend()
-    real = dispatch.module
+    module, absence = dispatch.module, dispatch.absence
     monkeypatch.setattr(
-        dispatch, "module", lambda op, name: emulated if name == "native" else real(op, name)
+        dispatch, "module", lambda op, name: emulated if name == "native" else module(op, name)
+    )
+    monkeypatch.setattr(
+        dispatch, "absence", lambda op, name: "" if name == "native" else absence(op, name)
     )
     return "native"
 

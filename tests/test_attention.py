@@ -58,21 +58,23 @@ def run(function, qkv, dout, **kwargs):
     return out, torch.autograd.grad(out, leaves, dout.to(out.dtype))
 
 
-def check(impl, qkv, *, scale=None, view="contiguous"):
+def check(impl, qkv, *, softmax_scale=None, view="contiguous"):
     g = torch.Generator().manual_seed(9)
     dout = torch.randn(qkv[0].shape, generator=g).to(qkv[0].dtype).to(DEVICE)
     truth, true_grads = run(
-        reference.attention, [t.double() for t in qkv], dout.double(), scale=scale
+        reference.attention, [t.double() for t in qkv], dout.double(), scale=softmax_scale
     )
-    plain, plain_grads = run(ops.attention, qkv, dout, scale=scale, impl="eager")
+    plain, plain_grads = run(ops.attention, qkv, dout, scale=softmax_scale, impl="eager")
     viewed = [as_view(t, view) for t in qkv]
-    out, grads = run(ops.attention, viewed, as_view(dout, view), scale=scale, impl=impl)
+    out, grads = run(ops.attention, viewed, as_view(dout, view), scale=softmax_scale, impl=impl)
     assert out.dtype == qkv[0].dtype
     assert_within_budget(out, truth, plain, factor=FORWARD)
+    # With one key the softmax is constant: dq and dk are zero, differences of terms of dv's size.
+    scale = true_grads[2].abs().max().item() if qkv[1].shape[2] == 1 else None
     for name, *triple in zip("qkv", grads, true_grads, plain_grads, strict=True):
-        assert_within_budget(*triple, factor=GRADIENT, what=f"d{name}")
+        assert_within_budget(*triple, factor=GRADIENT, what=f"d{name}", scale=scale)
     with torch.no_grad():
-        assert torch.equal(ops.attention(*viewed, scale=scale, impl=impl), out) or impl == "eager"
+        assert torch.equal(ops.attention(*viewed, scale=softmax_scale, impl=impl), out) or impl == "eager"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -89,7 +91,7 @@ def test_any_strides(impl, view, dtype):
 
 @pytest.mark.parametrize("scale", [1.0, 0.01])
 def test_scale(impl, scale):
-    check(impl, make_qkv((1, 2, 20, 24, 16), torch.float32), scale=scale)
+    check(impl, make_qkv((1, 2, 20, 24, 16), torch.float32), softmax_scale=scale)
 
 
 def test_large_logits_do_not_overflow(impl):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import DEVICE
 from test_group_norm_silu import as_layout, make_inputs
 

@@ -1,0 +1,322 @@
+// Vectors of one instruction set, on GCC's and clang's vector extensions; intrinsics only where the
+// compiler needs them. Included by foreach_isa.h inside a namespace per level, so: no guard, no
+// #include.
+//
+// F is a vector of W floats. A Pair holds 2 W consecutive elements of a tensor in an order of its
+// own: for bfloat16 the even elements, then the odd ones, which costs one shift and one mask where
+// the natural order costs two shuffles. Pairs suit sums, maps and rows with one parameter.
+
+#if ENGINE_LEVEL == 2
+constexpr int W = 16;
+#elif ENGINE_LEVEL == 1
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+constexpr int W2 = 2 * W;
+
+typedef float F __attribute__((vector_size(W * 4)));
+typedef int32_t I __attribute__((vector_size(W * 4)));
+typedef uint32_t U __attribute__((vector_size(W * 4)));
+typedef uint64_t U64 __attribute__((vector_size(W * 4)));
+typedef uint16_t H __attribute__((vector_size(W * 2)));
+
+struct Pair {
+  F a, b;
+};
+
+ENGINE_INLINE F set1(float v) { return v - F{}; }
+ENGINE_INLINE Pair set2(float v) { return {set1(v), set1(v)}; }
+ENGINE_INLINE F as_float(U v) { return (F)v; }
+ENGINE_INLINE U as_bits(F v) { return (U)v; }
+template <class V, class E>
+ENGINE_INLINE V read(const E* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V, class E>
+ENGINE_INLINE void write(E* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+// fma and root are the only places where two operations may become one, or need an instruction.
+#if ENGINE_LEVEL == 2
+ENGINE_INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+ENGINE_INLINE F root(F a) { return (F)_mm512_sqrt_ps((__m512)a); }
+ENGINE_INLINE F clamp(F a, float lo, float hi) {
+  return (F)_mm512_min_ps(_mm512_max_ps((__m512)a, _mm512_set1_ps(lo)), _mm512_set1_ps(hi));
+}
+ENGINE_INLINE float sum(F a) { return _mm512_reduce_add_ps((__m512)a); }
+#elif ENGINE_LEVEL == 1
+ENGINE_INLINE F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+ENGINE_INLINE F root(F a) { return (F)_mm256_sqrt_ps((__m256)a); }
+ENGINE_INLINE F clamp(F a, float lo, float hi) {
+  return (F)_mm256_min_ps(_mm256_max_ps((__m256)a, _mm256_set1_ps(lo)), _mm256_set1_ps(hi));
+}
+ENGINE_INLINE float sum(F a) {
+  return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7]));
+}
+#else
+ENGINE_INLINE F fma(F a, F b, F c) { return a * b + c; }
+ENGINE_INLINE F root(F a) {
+  for (int i = 0; i < W; ++i) a[i] = __builtin_sqrtf(a[i]);
+  return a;
+}
+ENGINE_INLINE F clamp(F a, float lo, float hi) {
+  a = a < lo ? set1(lo) : a;
+  return a > hi ? set1(hi) : a;
+}
+ENGINE_INLINE float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+#endif
+
+// ---- W elements in natural order ----------------------------------------------------------------
+
+#if ENGINE_LEVEL == 2
+ENGINE_INLINE U widen(H h) { return (U)_mm512_cvtepu16_epi32((__m256i)h); }
+ENGINE_INLINE H narrow(U v) { return (H)_mm512_cvtepi32_epi16((__m512i)v); }
+ENGINE_INLINE F half_to_float(H h) { return (F)_mm512_cvtph_ps((__m256i)h); }
+ENGINE_INLINE H float_to_half(F v) {
+  return (H)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+ENGINE_INLINE U widen(H h) { return __builtin_convertvector(h, U); }
+ENGINE_INLINE H narrow(U v) { return __builtin_convertvector(v, H); }
+#if ENGINE_LEVEL == 1
+ENGINE_INLINE F half_to_float(H h) { return (F)_mm256_cvtph_ps((__m128i)h); }
+ENGINE_INLINE H float_to_half(F v) { return (H)_mm256_cvtps_ph((__m256)v, 0); }
+#else
+ENGINE_INLINE F half_to_float(H h) {
+  const U bits = widen(h), rest = (bits & 0x7FFFu) << 13;
+  const U magnitude = as_bits(as_float(rest) * 0x1p112f);  // rebiases, subnormals included
+  const U special = (U)(rest >= (0x7C00u << 13)) & 0x7F800000u;
+  return as_float(magnitude | special | (bits & 0x8000u) << 16);
+}
+ENGINE_INLINE H float_to_half(F v) {
+  const U bits = as_bits(v), sign = bits & 0x80000000u, rest = bits ^ sign;
+  const U odd = (rest >> 13) & 1u;
+  const U normal = (rest + (0xC8000FFFu + odd)) >> 13;
+  const U subnormal = as_bits(as_float(rest) + 0.5f) - 0x3F000000u;  // the adder rounds
+  U half = rest < 0x38800000u ? subnormal : normal;
+  half = rest >= 0x47800000u ? (U{} + 0x7C00u) : half;
+  half = rest > 0x7F800000u ? (U{} + 0x7E00u) : half;
+  return narrow(half | sign >> 16);
+}
+#endif
+#endif
+
+// To the nearest bfloat16, ties to even, in the upper half of each lane. NaN: see load_number.
+ENGINE_INLINE U round_bf16(F v) {
+  const U bits = as_bits(v);
+  return bits + (((bits >> 16) & 1u) + 0x7FFFu);
+}
+// NaNs whose payload would overflow in round_bf16 become the plain one.
+ENGINE_INLINE F plain_nan(F v) { return v == v ? v : as_float(U{} + 0x7FC00000u); }
+
+ENGINE_INLINE F load(const float* p) { return read<F>(p); }
+ENGINE_INLINE F load(const bf16* p) { return as_float(widen(read<H>(p)) << 16); }
+ENGINE_INLINE F load(const f16* p) { return half_to_float(read<H>(p)); }
+ENGINE_INLINE void store(float* p, F v) { write(p, v); }
+ENGINE_INLINE void store(bf16* p, F v) { write(p, narrow(round_bf16(plain_nan(v)) >> 16)); }
+ENGINE_INLINE void store(f16* p, F v) { write(p, float_to_half(v)); }
+
+// The first n < W elements; the other lanes are 0.
+template <class T>
+ENGINE_INLINE F load(const T* p, int64_t n) {
+  T copy[W] = {};
+  __builtin_memcpy(copy, p, n * sizeof(T));
+  return load(copy);
+}
+template <class T>
+ENGINE_INLINE void store(T* p, F v, int64_t n) {
+  T copy[W];
+  store(copy, v);
+  __builtin_memcpy(p, copy, n * sizeof(T));
+}
+
+// ---- Pairs --------------------------------------------------------------------------------------
+
+template <class T>
+constexpr bool kInterleaved = std::is_same_v<T, bf16>;
+
+template <class T>
+ENGINE_INLINE Pair load2(const T* p) {
+  return {load(p), load(p + W)};
+}
+ENGINE_INLINE Pair load2(const bf16* p) {
+  const U both = read<U>(p);
+  return {as_float(both << 16), as_float(both & 0xFFFF0000u)};
+}
+template <class T>
+ENGINE_INLINE void store2(T* p, Pair v) {
+  store(p, v.a);
+  store(p + W, v.b);
+}
+ENGINE_INLINE void store2(bf16* p, Pair v) {  // a NaN must be plain
+  write(p, (round_bf16(v.a) >> 16) | (round_bf16(v.b) & 0xFFFF0000u));
+}
+
+// The first n < 2 W elements; the other lanes are 0.
+template <class T>
+ENGINE_INLINE Pair load2(const T* p, int64_t n) {
+  T copy[W2] = {};
+  __builtin_memcpy(copy, p, n * sizeof(T));
+  return load2(copy);
+}
+template <class T>
+ENGINE_INLINE void store2(T* p, Pair v, int64_t n) {
+  T copy[W2];
+  store2(copy, v);
+  __builtin_memcpy(p, copy, n * sizeof(T));
+}
+#if ENGINE_LEVEL == 2
+ENGINE_INLINE __mmask16 first16(int64_t n) {
+  return (__mmask16)(n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1u << n) - 1);
+}
+ENGINE_INLINE __mmask32 first32(int64_t n) {
+  return (__mmask32)(n >= 32 ? 0xFFFFFFFFu : (1u << n) - 1);
+}
+ENGINE_INLINE Pair load2(const float* p, int64_t n) {
+  return {(F)_mm512_maskz_loadu_ps(first16(n), p),
+          (F)_mm512_maskz_loadu_ps(first16(n - 16), p + 16)};
+}
+ENGINE_INLINE void store2(float* p, Pair v, int64_t n) {
+  _mm512_mask_storeu_ps(p, first16(n), (__m512)v.a);
+  _mm512_mask_storeu_ps(p + 16, first16(n - 16), (__m512)v.b);
+}
+ENGINE_INLINE Pair load2(const bf16* p, int64_t n) {
+  const U both = (U)_mm512_maskz_loadu_epi16(first32(n), p);
+  return {as_float(both << 16), as_float(both & 0xFFFF0000u)};
+}
+ENGINE_INLINE void store2(bf16* p, Pair v, int64_t n) {
+  const U both = (round_bf16(v.a) >> 16) | (round_bf16(v.b) & 0xFFFF0000u);
+  _mm512_mask_storeu_epi16(p, first32(n), (__m512i)both);
+}
+ENGINE_INLINE Pair load2(const f16* p, int64_t n) {
+  return {half_to_float((H)_mm256_maskz_loadu_epi16(first16(n), p)),
+          half_to_float((H)_mm256_maskz_loadu_epi16(first16(n - 16), p + 16))};
+}
+ENGINE_INLINE void store2(f16* p, Pair v, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first16(n), (__m256i)float_to_half(v.a));
+  _mm256_mask_storeu_epi16(p + 16, first16(n - 16), (__m256i)float_to_half(v.b));
+}
+#endif
+
+// Floats in natural order to and from the order of T's pairs.
+template <class T>
+ENGINE_INLINE Pair order2(const float* p, int64_t n) {
+  Pair v;
+  for (int i = 0; i < W; ++i) {
+    const int a = kInterleaved<T> ? 2 * i : i;
+    const int b = kInterleaved<T> ? 2 * i + 1 : W + i;
+    v.a[i] = a < n ? p[a] : 0.0f;
+    v.b[i] = b < n ? p[b] : 0.0f;
+  }
+  return v;
+}
+template <class T>
+ENGINE_INLINE void unorder2(float* p, Pair v) {
+  float a[W], b[W];
+  write(a, v.a);
+  write(b, v.b);
+  for (int i = 0; i < W; ++i) {
+    p[kInterleaved<T> ? 2 * i : i] = a[i];
+    p[kInterleaved<T> ? 2 * i + 1 : W + i] = b[i];
+  }
+}
+
+// Zeroes the lanes of elements n and beyond.
+template <class T>
+ENGINE_INLINE Pair keep(Pair v, int64_t n) {
+  I a, b;
+  for (int i = 0; i < W; ++i) {
+    a[i] = kInterleaved<T> ? 2 * i : i;
+    b[i] = kInterleaved<T> ? 2 * i + 1 : W + i;
+  }
+  const I end = I{} + static_cast<int32_t>(n);
+  return {as_float(as_bits(v.a) & (U)(a < end)), as_float(as_bits(v.b) & (U)(b < end))};
+}
+
+ENGINE_INLINE Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+ENGINE_INLINE Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
+ENGINE_INLINE Pair fma(Pair x, Pair y, Pair z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
+
+// ---- Sigmoid ------------------------------------------------------------------------------------
+
+// 1 / (1 + exp(-v)), as exact as results in T need: about 1 ulp for float, 2^-13 for bfloat16,
+// 2^-18 for float16. silu(-inf) is NaN, like PyTorch's.
+#if ENGINE_LEVEL == 2
+ENGINE_INLINE F reciprocal(F d) {  // of a finite number: an estimate and one Newton step
+  const __m512 guess = _mm512_rcp14_ps((__m512)d);
+  const __m512 error = _mm512_fnmadd_ps((__m512)d, guess, _mm512_set1_ps(1.0f));
+  return (F)_mm512_fmadd_ps(guess, error, guess);
+}
+// exp(-v) as 2^floor(z) 2^(z - floor(z)), z = -v log2(e); vscalefps takes the floor itself and
+// needs no clamp.
+template <class T>
+ENGINE_INLINE F sigmoid16(F v) {
+  const F z = v * -1.44269504f;
+  const F r = (F)_mm512_reduce_ps((__m512)z, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  F e;
+  if constexpr (std::is_same_v<T, bf16>) {
+    e = fma(r, set1(0.0780245220f), set1(0.2260671564f));
+    e = fma(e, r, set1(0.6958335402f));
+    e = fma(e, r, set1(0.9999252186f));
+  } else {
+    e = fma(r, set1(0.0135341678f), set1(0.0520114608f));
+    e = fma(e, r, set1(0.2414427568f));
+    e = fma(e, r, set1(0.6930038345f));
+    e = fma(e, r, set1(1.0000025934f));
+  }
+  const __m512 d = (__m512)(1.0f + (F)_mm512_scalef_ps((__m512)e, (__m512)z));
+  const __m512 guess = _mm512_rcp14_ps(d);  // of infinity: 0
+  if constexpr (std::is_same_v<T, bf16>) return (F)guess;
+  const __m512 error = _mm512_fnmadd_ps(d, guess, _mm512_set1_ps(1.0f));  // NaN for infinity
+  const __mmask16 finite = _mm512_cmp_ps_mask(error, error, _CMP_ORD_Q);
+  return (F)_mm512_mask_fmadd_ps(guess, finite, error, guess);
+}
+#else
+ENGINE_INLINE F reciprocal(F d) { return 1.0f / d; }
+#endif
+
+template <class T>
+ENGINE_INLINE F sigmoid(F v) {
+#if ENGINE_LEVEL == 2
+  if constexpr (!std::is_same_v<T, float>) return sigmoid16<T>(v);
+#endif
+  // The argument is clamped at 44, where float's sigmoid is 1 and exp is far from overflow: results
+  // that turn subnormal cost a microcode assist per vector. Below -87 the sigmoid is 0.
+  const F magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const F x = clamp(v, -44.0f, 44.0f);
+  const F shifted = fma(x, set1(-1.44269504f), magic);
+  const F n = shifted - magic;
+  F r, e;
+  if constexpr (std::is_same_v<T, bf16>) {
+    r = fma(x, set1(-1.44269504f), -n);
+    e = fma(r, set1(0.0551716680f), set1(0.2426111221f));
+    e = fma(e, r, set1(0.6932609857f));
+    e = fma(e, r, set1(0.9999280735f));
+  } else if constexpr (std::is_same_v<T, f16>) {
+    r = fma(x, set1(-1.44269504f), -n);
+    e = fma(r, set1(0.0095701018f), set1(0.0559178603f));
+    e = fma(e, r, set1(0.2402474483f));
+    e = fma(e, r, set1(0.6931218147f));
+    e = fma(e, r, set1(0.9999992614f));
+  } else {
+    r = fma(n, set1(-0.693359375f), -x);
+    r = fma(n, set1(2.12194440e-4f), r);
+    e = fma(r, set1(1.9875691500e-4f), set1(1.3981999507e-3f));
+    e = fma(e, r, set1(8.3334519073e-3f));
+    e = fma(e, r, set1(4.1665795894e-2f));
+    e = fma(e, r, set1(1.6666665459e-1f));
+    e = fma(e, r, set1(5.0000001201e-1f));
+    e = fma(e, r, set1(1.0f));
+    e = fma(e, r, set1(1.0f));
+  }
+  const F s = reciprocal(1.0f + as_float(as_bits(e) + (as_bits(shifted) << 23)));
+  return v < -87.0f ? F{} : s;
+}
+template <class T>
+ENGINE_INLINE Pair sigmoid2(Pair v) {
+  return {sigmoid<T>(v.a), sigmoid<T>(v.b)};
+}

@@ -1,0 +1,386 @@
+// Schemas and bindings: the only file that includes torch, through its stable ABI.
+//
+// Each op checks its tensors, allocates its results and hands plain pointers to a kernel of
+// kernels.h. The schemas repeat kernels/boundary.py.
+//   ENGINE_NS       namespace of the ops, `engine` unless told otherwise
+//   ENGINE_CUDA     the CUDA kernels are linked: register them for CUDA tensors
+//   ENGINE_EMULATE  the CUDA kernels were compiled for the CPU: register them for CPU tensors
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "kernels.h"
+
+#ifndef ENGINE_NS
+#define ENGINE_NS engine
+#endif
+
+#ifdef ENGINE_CUDA
+#include <dlfcn.h>
+#endif
+
+namespace {
+
+using engine::DType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Where a call runs: the kernels of one device, and what they need around them.
+#ifndef ENGINE_EMULATE
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
+
+  static void run(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+    torch::stable::parallel_for(0, n, grain, body);
+  }
+  static const engine::ParallelFor& parallel_for() {
+    static const engine::ParallelFor pool = run;  // torch's own threads: no second pool
+    return pool;
+  }
+  void group_norm_silu_fwd(const engine::GroupNormSilu& p, void* y, float* mean, float* rstd) {
+    engine::group_norm_silu_fwd_cpu(p, y, mean, rstd, parallel_for());
+  }
+  void group_norm_silu_bwd(const engine::GroupNormSilu& p, const void* dy, bool dy_channels_last,
+                           const float* mean, const float* rstd, float* workspace,
+                           const engine::GroupNormSiluGrads& grads) {
+    engine::group_norm_silu_bwd_cpu(p, dy, dy_channels_last, mean, rstd, workspace, grads,
+                                    parallel_for());
+  }
+  void reverse_step_fwd(const engine::ReverseStep& p, void* x_next) {
+    engine::reverse_step_fwd_cpu(p, x_next, parallel_for());
+  }
+  void noise(void* out, DType dtype, int64_t n, const int64_t* seed, const int64_t* step,
+             uint32_t stream_id, int64_t offset) {
+    engine::noise_cpu(out, dtype, n, seed, step, stream_id, offset, parallel_for());
+  }
+};
+#endif
+
+#if defined(ENGINE_CUDA) || defined(ENGINE_EMULATE)
+#ifdef ENGINE_CUDA
+// torch loads libtorch_cuda privately, and a CPU torch has none: a linked reference would be null
+// or would keep the library from loading, so the symbol is looked up in what torch has loaded.
+void* current_stream(int32_t device) {
+  using Lookup = AOTITorchError (*)(int32_t, void**);
+  static const Lookup lookup = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_NOW);
+    return library ? reinterpret_cast<Lookup>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
+                   : nullptr;
+  }();
+  STD_TORCH_CHECK(lookup != nullptr, "CUDA tensors need a torch that was built with CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(lookup(device, &stream));
+  return stream;
+}
+#endif
+
+struct Cuda {
+#ifdef ENGINE_CUDA
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream;
+  explicit Cuda(const Tensor& x)
+      : guard(x.get_device_index()), stream(current_stream(x.get_device_index())) {}
+#else
+  void* stream = nullptr;
+  explicit Cuda(const Tensor&) {}
+#endif
+  void group_norm_silu_fwd(const engine::GroupNormSilu& p, void* y, float* mean, float* rstd) {
+    engine::group_norm_silu_fwd_cuda(p, y, mean, rstd, stream);
+  }
+  void group_norm_silu_bwd(const engine::GroupNormSilu& p, const void* dy, bool dy_channels_last,
+                           const float* mean, const float* rstd, float* workspace,
+                           const engine::GroupNormSiluGrads& grads) {
+    engine::group_norm_silu_bwd_cuda(p, dy, dy_channels_last, mean, rstd, workspace, grads, stream);
+  }
+  void reverse_step_fwd(const engine::ReverseStep& p, void* x_next) {
+    engine::reverse_step_fwd_cuda(p, x_next, stream);
+  }
+  void noise(void* out, DType dtype, int64_t n, const int64_t* seed, const int64_t* step,
+             uint32_t stream_id, int64_t offset) {
+    engine::noise_cuda(out, dtype, n, seed, step, stream_id, offset, stream);
+  }
+};
+#endif
+
+// ---- Checks -------------------------------------------------------------------------------------
+
+DType dtype_of(const Tensor& t, const char* name) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
+      " must be float32, bfloat16 or float16");
+  return type == ScalarType::Float      ? DType::f32
+         : type == ScalarType::BFloat16 ? DType::bf16
+                                        : DType::f16;
+}
+
+void check_device(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index(), name,
+                  " must be on the device of the first tensor");
+}
+
+struct Shape {
+  int64_t N, C, S;
+};
+
+Shape shape_of(const Tensor& x, const char* name) {
+  const auto sizes = x.sizes();
+  STD_TORCH_CHECK(sizes.size() >= 2, name, " must have shape (N, C, *S)");
+  Shape shape{sizes[0], sizes[1], 1};
+  for (size_t i = 2; i < sizes.size(); ++i) shape.S *= sizes[i];
+  return shape;
+}
+
+// True when x is (N, S, C) in memory, false when it is (N, C, S) or both; other layouts raise.
+bool is_channels_last(const Tensor& x, const char* name) {
+  if (x.is_contiguous()) return false;
+  const auto sizes = x.sizes(), strides = x.strides();
+  int64_t expected = sizes[1];
+  bool dense = sizes[1] == 1 || strides[1] == 1;
+  for (size_t i = sizes.size() - 1; i >= 2; --i) {
+    dense &= sizes[i] == 1 || strides[i] == expected;
+    expected *= sizes[i];
+  }
+  dense &= sizes[0] == 1 || strides[0] == expected;
+  STD_TORCH_CHECK(dense, name, " must be contiguous or channels_last");
+  return true;
+}
+
+void check_same_shape(const Tensor& t, const Tensor& x, const char* name) {
+  const auto a = t.sizes(), b = x.sizes();
+  bool same = a.size() == b.size();
+  for (size_t i = 0; same && i < a.size(); ++i) same = a[i] == b[i];
+  STD_TORCH_CHECK(same, name, " must have the shape of the first tensor");
+}
+
+engine::Operand per_channel(const OptionalTensor& t, const Tensor& x, int64_t C, const char* name) {
+  if (!t) return {};
+  check_device(*t, x, name);
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == C, name, " must have shape (C,), C = ", C);
+  STD_TORCH_CHECK(C == 1 || t->stride(0) == 1, name, " must be contiguous");
+  return {t->data_ptr(), 0, dtype_of(*t, name)};
+}
+
+engine::Operand per_sample(const OptionalTensor& t, const Tensor& x, int64_t N, int64_t C,
+                           const char* name) {
+  if (!t) return {};
+  check_device(*t, x, name);
+  STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == N && t->size(1) == C, name,
+                  " must have shape (N, C) = (", N, ", ", C, ")");
+  STD_TORCH_CHECK(C == 1 || t->stride(1) == 1, name, " must have stride 1 along C");
+  return {t->data_ptr(), t->stride(0), dtype_of(*t, name)};
+}
+
+const int64_t* scalar_int64(const Tensor& t, const Tensor& x, const char* name) {
+  check_device(t, x, name);
+  STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Long, name,
+                  " must be an int64 tensor of one element");
+  return static_cast<const int64_t*>(t.data_ptr());
+}
+
+// ---- Allocation ---------------------------------------------------------------------------------
+
+// new_empty's shim is the cheapest allocation that torch's deterministic fill still reaches.
+Tensor allocate(const Tensor& like, const int64_t* sizes, int64_t dim, ScalarType type) {
+  int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes, dim, &dtype, nullptr,
+                                                          nullptr, 0, nullptr, &handle));
+  return Tensor(handle);
+}
+
+Tensor allocate_floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return allocate(like, sizes.begin(), static_cast<int64_t>(sizes.size()), ScalarType::Float);
+}
+
+Tensor allocate_like(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  int64_t expected = 1;
+  for (size_t i = sizes.size(); i-- > 0; expected *= sizes[i]) {
+    if (strides[i] != expected) return torch::stable::empty_like(x);
+  }
+  return allocate(x, sizes.data(), static_cast<int64_t>(sizes.size()), x.scalar_type());
+}
+
+float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+
+// ---- Ops ----------------------------------------------------------------------------------------
+
+engine::GroupNormSilu group_norm_silu_params(const Tensor& x, const OptionalTensor& weight,
+                                             const OptionalTensor& bias, const OptionalTensor& add,
+                                             const OptionalTensor& scale,
+                                             const OptionalTensor& shift, int64_t num_groups,
+                                             double eps, bool silu) {
+  const Shape shape = shape_of(x, "x");
+  STD_TORCH_CHECK(shape.N > 0 && shape.C > 0 && shape.S > 0, "x must not be empty");
+  STD_TORCH_CHECK(num_groups > 0 && shape.C % num_groups == 0, "num_groups = ", num_groups,
+                  " must divide the ", shape.C, " channels of x");
+  engine::GroupNormSilu p;
+  p.N = shape.N;
+  p.C = shape.C;
+  p.S = shape.S;
+  p.G = num_groups;
+  p.eps = static_cast<float>(eps);
+  p.silu = silu;
+  p.channels_last = is_channels_last(x, "x");
+  p.dtype = dtype_of(x, "x");
+  p.x = x.data_ptr();
+  p.weight = per_channel(weight, x, shape.C, "weight");
+  p.bias = per_channel(bias, x, shape.C, "bias");
+  p.add = per_sample(add, x, shape.N, shape.C, "add");
+  p.scale = per_sample(scale, x, shape.N, shape.C, "scale");
+  p.shift = per_sample(shift, x, shape.N, shape.C, "shift");
+  return p;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_fwd(
+    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& add, const OptionalTensor& scale, const OptionalTensor& shift,
+    int64_t num_groups, double eps, bool silu) {
+  const auto p = group_norm_silu_params(x, weight, bias, add, scale, shift, num_groups, eps, silu);
+  Device device(x);
+  Tensor y = allocate_like(x);
+  Tensor mean = allocate_floats(x, {p.N, p.G}), rstd = allocate_floats(x, {p.N, p.G});
+  device.group_norm_silu_fwd(p, y.data_ptr(), floats(mean), floats(rstd));
+  return {y, mean, rstd};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(
+    const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& add, const OptionalTensor& scale, const OptionalTensor& shift,
+    const Tensor& mean, const Tensor& rstd, int64_t num_groups, bool silu) {
+  const auto p = group_norm_silu_params(x, weight, bias, add, scale, shift, num_groups, 0.0, silu);
+  check_device(dy, x, "dy");
+  check_same_shape(dy, x, "dy");
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy must have the dtype of x");
+  const bool dy_channels_last = is_channels_last(dy, "dy");
+  for (const Tensor* t : {&mean, &rstd}) {
+    check_device(*t, x, "mean and rstd");
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->dim() == 2 &&
+                        t->size(0) == p.N && t->size(1) == p.G,
+                    "mean and rstd must be contiguous float32 of shape (N, num_groups)");
+  }
+  Device device(x);
+  Tensor dx = allocate_like(x);
+  Tensor workspace = allocate_floats(x, {3, p.N, p.C});
+  const auto channel_grad = [&](const OptionalTensor& t) {
+    return allocate_floats(x, {t ? p.C : 0});
+  };
+  const auto sample_grad = [&](const OptionalTensor& t) {
+    return t ? allocate_floats(x, {p.N, p.C}) : allocate_floats(x, {0});
+  };
+  Tensor dweight = channel_grad(weight), dbias = channel_grad(bias);
+  Tensor dadd = sample_grad(add), dscale = sample_grad(scale), dshift = sample_grad(shift);
+  engine::GroupNormSiluGrads grads;
+  grads.dx = dx.data_ptr();
+  grads.dweight = weight ? floats(dweight) : nullptr;
+  grads.dbias = bias ? floats(dbias) : nullptr;
+  grads.dadd = add ? floats(dadd) : nullptr;
+  grads.dscale = scale ? floats(dscale) : nullptr;
+  grads.dshift = shift ? floats(dshift) : nullptr;
+  device.group_norm_silu_bwd(p, dy.data_ptr(), dy_channels_last, floats(mean), floats(rstd),
+                             floats(workspace), grads);
+  return {dx, dweight, dbias, dadd, dscale, dshift};
+}
+
+template <class Device>
+Tensor reverse_step_fwd(const Tensor& x, const Tensor& model_out, const Tensor& coeffs,
+                        const Tensor& step, const OptionalTensor& seed, const OptionalTensor& noise,
+                        double clip, int64_t offset) {
+  STD_TORCH_CHECK(seed.has_value() != noise.has_value(),
+                  "exactly one of seed and noise must be given");
+  STD_TORCH_CHECK(offset >= 0, "offset must not be negative");
+  STD_TORCH_CHECK(!(clip < 0), "clip must not be negative");
+  const Shape shape = shape_of(x, "x");
+  check_device(model_out, x, "model_out");
+  check_same_shape(model_out, x, "model_out");
+  check_device(coeffs, x, "coeffs");
+  STD_TORCH_CHECK(coeffs.scalar_type() == ScalarType::Float && coeffs.dim() == 2 &&
+                      coeffs.size(1) == 5 && coeffs.is_contiguous(),
+                  "coeffs must be contiguous float32 of shape (n_steps, 5)");
+  engine::ReverseStep p;
+  p.N = shape.N;
+  p.C = shape.C;
+  p.S = shape.S;
+  p.dtype = dtype_of(x, "x");
+  p.model_out_dtype = dtype_of(model_out, "model_out");
+  p.x_channels_last = is_channels_last(x, "x");
+  p.model_out_channels_last = is_channels_last(model_out, "model_out");
+  p.noise_channels_last = false;
+  p.x = x.data_ptr();
+  p.model_out = model_out.data_ptr();
+  p.noise = nullptr;
+  if (noise) {
+    check_device(*noise, x, "noise");
+    check_same_shape(*noise, x, "noise");
+    STD_TORCH_CHECK(noise->scalar_type() == x.scalar_type(), "noise must have the dtype of x");
+    p.noise_channels_last = is_channels_last(*noise, "noise");
+    p.noise = noise->data_ptr();
+  }
+  p.coeffs = floats(coeffs);
+  p.n_steps = coeffs.size(0);
+  p.step = scalar_int64(step, x, "step");
+  p.seed = seed ? scalar_int64(*seed, x, "seed") : nullptr;
+  p.offset = offset;
+  p.clip = static_cast<float>(clip);
+  Device device(x);
+  Tensor x_next = allocate_like(x);
+  if (shape.N * shape.C * shape.S > 0) device.reverse_step_fwd(p, x_next.data_ptr());
+  return x_next;
+}
+
+template <class Device>
+void noise_fwd(Tensor out, const Tensor& seed, const Tensor& step, int64_t stream, int64_t offset) {
+  STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
+  STD_TORCH_CHECK(stream >= 0 && stream <= UINT32_MAX, "stream must be an unsigned 32-bit number");
+  STD_TORCH_CHECK(offset >= 0, "offset must not be negative");
+  const DType dtype = dtype_of(out, "out");
+  const int64_t* seed_data = scalar_int64(seed, out, "seed");
+  const int64_t* step_data = scalar_int64(step, out, "step");
+  Device device(out);
+  const int64_t n = out.numel();
+  if (n > 0) {
+    device.noise(out.data_ptr(), dtype, n, seed_data, step_data, static_cast<uint32_t>(stream),
+                 offset);
+  }
+}
+
+template <class Device>
+void register_ops(torch::stable::detail::StableLibrary& m) {
+  m.impl("group_norm_silu_fwd", TORCH_BOX(&group_norm_silu_fwd<Device>));
+  m.impl("group_norm_silu_bwd", TORCH_BOX(&group_norm_silu_bwd<Device>));
+  m.impl("reverse_step_fwd", TORCH_BOX(&reverse_step_fwd<Device>));
+  m.impl("noise_fwd", TORCH_BOX(&noise_fwd<Device>));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(ENGINE_NS, m) {
+  m.def(
+      "group_norm_silu_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor? add, Tensor? scale, "
+      "Tensor? shift, int num_groups, float eps, bool silu) -> (Tensor y, Tensor mean, Tensor "
+      "rstd)");
+  m.def(
+      "group_norm_silu_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? add, Tensor? "
+      "scale, Tensor? shift, Tensor mean, Tensor rstd, int num_groups, bool silu) -> (Tensor dx, "
+      "Tensor dweight, Tensor dbias, Tensor dadd, Tensor dscale, Tensor dshift)");
+  m.def(
+      "reverse_step_fwd(Tensor x, Tensor model_out, Tensor coeffs, Tensor step, Tensor? seed, "
+      "Tensor? noise, float clip, int offset) -> Tensor");
+  m.def("noise_fwd(Tensor(a!) out, Tensor seed, Tensor step, int stream, int offset) -> ()");
+}
+
+#ifdef ENGINE_EMULATE
+STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CPU, m) { register_ops<Cuda>(m); }
+#else
+STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CPU, m) { register_ops<Cpu>(m); }
+#ifdef ENGINE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CUDA, m) { register_ops<Cuda>(m); }
+#endif
+#endif

@@ -1,0 +1,125 @@
+"""The C++ back end: loads engine/_C and names its ops. One library for CPU and CUDA tensors."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .boundary import NATIVE, register_fakes
+
+OPS = ("group_norm_silu_fwd", "group_norm_silu_bwd", "reverse_step_fwd", "noise_fwd")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BUILD = "pip install -e . --no-build-isolation"
+
+
+def _candidates() -> list[Path]:
+    """Where the library may lie: beside this package, or, when the source tree shadows an
+    installed package, in another `engine` folder on sys.path."""
+    here = Path(__file__).resolve().parent
+    folders = [here.parent / "engine", here.parent]
+    folders += [Path(p, "engine").resolve() for p in sys.path]
+    return [path for folder in dict.fromkeys(folders) for path in sorted(folder.glob("_C*.so"))]
+
+
+def _load() -> str | None:
+    """Loads the library once; returns why it could not."""
+    failures = []
+    for path in _candidates():
+        try:
+            torch.ops.load_library(path)
+        except (OSError, RuntimeError) as error:
+            failures.append(f"{path} does not load ({error.__cause__ or error})")
+            continue
+        register_fakes(NATIVE, OPS)
+        return None
+    found = "; ".join(failures) or "the extension engine/_C is not built"
+    return f"{found}: run `make build` or `{BUILD}`"
+
+
+_REASON = _load()
+
+
+def available() -> str | None:
+    """None when the extension is loaded, else a sentence that says why not and how to build it."""
+    return _REASON
+
+
+def refusals(op: str, *args) -> list[str]:
+    """Why this call cannot be served; empty when it can. args: those of <op>_fwd."""
+    name = f"{op}_fwd"
+    if name not in OPS:
+        return [f"has no {op} kernel"]
+    if _REASON is not None:
+        return [_REASON]
+    x = args[0]
+    reasons = []
+    if x.device.type not in ("cpu", "cuda"):
+        reasons.append(f"needs a CPU or CUDA tensor, got {x.device.type}")
+    elif x.device.type == "cuda" and not has_cuda():
+        reasons.append("was built without CUDA (no toolkit with nvcc was found then)")
+    for tensor in args:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            reasons.append(f"needs float32, bfloat16 or float16, got {tensor.dtype}")
+            break
+    return reasons
+
+
+def has_cuda() -> bool:
+    """Whether the library holds the CUDA kernels."""
+    return _REASON is None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"{NATIVE}::noise_fwd", "CUDA"
+    )
+
+
+def group_norm_silu_fwd(
+    x: Tensor,  # (N, C, *S)
+    weight: Tensor | None,  # (C,), like bias
+    bias: Tensor | None,
+    add: Tensor | None,  # (N, C), like scale and shift
+    scale: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # y like x; mean, rstd (N, G) float32
+    return torch.ops.engine.group_norm_silu_fwd.default(
+        x, weight, bias, add, scale, shift, num_groups, eps, silu
+    )
+
+
+def group_norm_silu_bwd(
+    dy: Tensor,  # (N, C, *S), either layout
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,  # (N, G) float32, like rstd
+    rstd: Tensor,
+    num_groups: int,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # (0,) for an absent operand
+    return torch.ops.engine.group_norm_silu_bwd.default(
+        dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu
+    )
+
+
+def reverse_step_fwd(
+    x: Tensor,  # (N, C, *S), like model_out and noise
+    model_out: Tensor,
+    coeffs: Tensor,  # (n_steps, 5) float32
+    step: Tensor,  # one int64, like seed
+    seed: Tensor | None,
+    noise: Tensor | None,
+    clip: float,
+    offset: int,
+) -> Tensor:  # like x
+    return torch.ops.engine.reverse_step_fwd.default(
+        x, model_out, coeffs, step, seed, noise, clip, offset
+    )
+
+
+def noise_fwd(out: Tensor, seed: Tensor, step: Tensor, stream: int, offset: int) -> None:
+    torch.ops.engine.noise_fwd.default(out, seed, step, stream, offset)

@@ -1,0 +1,169 @@
+// The CPU kernels on NumPy arrays, without torch: a small pybind11 module for
+// tests/test_native_module.py. bfloat16 arrays are uint16 bit patterns.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../csrc/cpu/isa.h"
+#include "../csrc/kernels.h"
+#include "../csrc/philox.h"
+
+namespace py = pybind11;
+using engine::DType;
+
+namespace {
+
+// `threads` ranges of almost equal size, each on a thread of its own.
+engine::ParallelFor threads_of(int threads) {
+  return [threads](int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+    const int64_t most = (n + grain - 1) / grain;
+    const int64_t parts = most < threads ? most : threads;
+    std::vector<std::thread> pool;
+    for (int64_t i = 0; i < parts; ++i) pool.emplace_back(body, n * i / parts, n * (i + 1) / parts);
+    for (auto& thread : pool) thread.join();
+  };
+}
+
+DType dtype_of(const py::array& array) {
+  const char kind = array.dtype().kind();
+  if (array.itemsize() == 4) return DType::f32;
+  return kind == 'u' ? DType::bf16 : DType::f16;
+}
+
+engine::Operand operand(const std::optional<py::array>& array) {
+  if (!array) return {};
+  const int64_t row = array->ndim() == 2 ? array->strides(0) / array->itemsize() : 0;
+  return {array->data(), row, dtype_of(*array)};
+}
+
+// x (N, C, S) or, channels last, (N, S, C) in memory.
+engine::GroupNormSilu params(const py::array& x, bool channels_last, py::dict operands, int64_t G,
+                             float eps, bool silu) {
+  engine::GroupNormSilu p;
+  p.N = x.shape(0);
+  p.C = x.shape(channels_last ? 2 : 1);
+  p.S = x.shape(channels_last ? 1 : 2);
+  p.G = G;
+  p.eps = eps;
+  p.silu = silu;
+  p.channels_last = channels_last;
+  p.dtype = dtype_of(x);
+  p.x = x.data();
+  const auto get = [&](const char* name) {
+    return operands.contains(name) ? operand(operands[name].cast<py::array>()) : engine::Operand{};
+  };
+  p.weight = get("weight");
+  p.bias = get("bias");
+  p.add = get("add");
+  p.scale = get("scale");
+  p.shift = get("shift");
+  return p;
+}
+
+py::array like(const py::array& x) {
+  return py::array(x.dtype(), std::vector<py::ssize_t>(x.shape(), x.shape() + x.ndim()));
+}
+
+py::tuple group_norm_silu_fwd(const py::array& x, bool channels_last, py::dict operands, int64_t G,
+                              float eps, bool silu, int threads) {
+  const auto p = params(x, channels_last, operands, G, eps, silu);
+  py::array y = like(x);
+  py::array_t<float> mean({p.N, G}), rstd({p.N, G});
+  engine::group_norm_silu_fwd_cpu(p, y.mutable_data(), mean.mutable_data(), rstd.mutable_data(),
+                                  threads_of(threads));
+  return py::make_tuple(y, mean, rstd);
+}
+
+py::dict group_norm_silu_bwd(const py::array& dy, bool dy_channels_last, const py::array& x,
+                             bool channels_last, py::dict operands, py::array_t<float> mean,
+                             py::array_t<float> rstd, bool silu, int threads) {
+  const auto p = params(x, channels_last, operands, mean.shape(1), 0.0f, silu);
+  py::array dx = like(x);
+  py::array_t<float> dweight(p.C), dbias(p.C);
+  py::array_t<float> dadd({p.N, p.C}), dscale({p.N, p.C}), dshift({p.N, p.C});
+  std::vector<float> workspace(3 * p.N * p.C);
+  const engine::GroupNormSiluGrads grads{dx.mutable_data(),     dweight.mutable_data(),
+                                         dbias.mutable_data(),  dadd.mutable_data(),
+                                         dscale.mutable_data(), dshift.mutable_data()};
+  engine::group_norm_silu_bwd_cpu(p, dy.data(), dy_channels_last, mean.data(), rstd.data(),
+                                  workspace.data(), grads, threads_of(threads));
+  py::dict result;
+  result["x"] = dx;
+  result["weight"] = dweight;
+  result["bias"] = dbias;
+  result["add"] = dadd;
+  result["scale"] = dscale;
+  result["shift"] = dshift;
+  return result;
+}
+
+void noise(py::array out, int64_t seed, int64_t step, uint32_t stream, int64_t offset,
+           int threads) {
+  engine::noise_cpu(out.mutable_data(), dtype_of(out), out.size(), &seed, &step, stream, offset,
+                    threads_of(threads));
+}
+
+// The same normals from the scalar header.
+py::array_t<float> scalar_noise(int64_t n, int64_t seed, uint32_t step, uint32_t stream,
+                                int64_t offset) {
+  py::array_t<float> out(n);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint64_t number = static_cast<uint64_t>(offset + i);
+    float z[4];
+    engine::philox::normal_quad(seed, step, stream, number / 4, z);
+    out.mutable_at(i) = z[number % 4];
+  }
+  return out;
+}
+
+std::vector<uint32_t> philox_words(std::vector<uint32_t> counter, std::vector<uint32_t> key) {
+  std::vector<uint32_t> words(4);
+  engine::philox::philox4x32_10(counter.data(), key.data(), words.data());
+  return words;
+}
+
+// Arrays are (N, C, S) or, channels last, (N, S, C).
+py::array reverse_step_fwd(const py::array& x, bool x_last, const py::array& model_out,
+                           bool model_out_last, py::array_t<float> coeffs, int64_t step,
+                           int64_t seed, const std::optional<py::array>& noise, bool noise_last,
+                           float clip, int64_t offset, int threads) {
+  engine::ReverseStep p{};
+  p.N = x.shape(0);
+  p.C = x.shape(x_last ? 2 : 1);
+  p.S = x.shape(x_last ? 1 : 2);
+  p.dtype = dtype_of(x);
+  p.model_out_dtype = dtype_of(model_out);
+  p.x_channels_last = x_last;
+  p.model_out_channels_last = model_out_last;
+  p.noise_channels_last = noise_last;
+  p.x = x.data();
+  p.model_out = model_out.data();
+  p.noise = noise ? noise->data() : nullptr;
+  p.coeffs = coeffs.data();
+  p.n_steps = coeffs.shape(0);
+  p.step = &step;
+  p.seed = &seed;
+  p.offset = offset;
+  p.clip = clip;
+  py::array x_next = like(x);
+  engine::reverse_step_fwd_cpu(p, x_next.mutable_data(), threads_of(threads));
+  return x_next;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(native_module, m) {
+  m.def("group_norm_silu_fwd", &group_norm_silu_fwd);
+  m.def("group_norm_silu_bwd", &group_norm_silu_bwd);
+  m.def("noise", &noise);
+  m.def("scalar_noise", &scalar_noise);
+  m.def("philox_words", &philox_words);
+  m.def("reverse_step_fwd", &reverse_step_fwd);
+  m.def("isa_level", &engine::isa_level);
+  m.def("limit_isa_level", &engine::limit_isa_level);
+}
