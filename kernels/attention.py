@@ -1,0 +1,156 @@
+"""Triton: attention by online softmax, forward (backward: attention_bwd.py).
+
+forward   out = softmax(q kᵀ·scale) v, a block of queries against all keys, block by block:
+          s = q kᵀ;  m' = max(m, rowmax s);  p = exp((s - m')·scale);  α = exp((m - m')·scale)
+          total = α·total + Σp;  acc = α·acc + p v;  at the end out = acc / total
+grid      one program per (block of queries, head)
+saved     out and lse = ln Σ exp(q kᵀ·scale) (N, heads, S) float32
+refused   head_dim > 256, scale <= 0, unequal dtypes, dtypes other than float32, bfloat16, float16;
+          CPU tensors outside the interpreter
+bound by  4·S·Sk·D flop on tensor cores (float32: in full precision on the other cores) and S·Sk
+          exponentials; for short sequences by the bytes of q, k, v and out
+
+Any strides but the head dimension's, which is 1: packed qkv is read in place. The head dimension is
+padded to a power of two with masks. Source: Dao 2023, FlashAttention-2, alg. 1.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from . import boundary
+from .attention_bwd import attention_bwd
+from .attention_tiles import (
+    MAX_HEAD_DIM,
+    head_of,
+    load_rows,
+    products,
+    store_rows,
+    strides,
+    tiles,
+    widths,
+)
+from .triton_base import dot_operand, loop_count
+from .triton_base import refusals as base_refusals
+
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    q_ptr,  # (N, HEADS, S, D), like out
+    k_ptr,  # (N, HEADS, SK, D), like v
+    v_ptr,
+    out_ptr,
+    lse_ptr,  # (N, HEADS, S) contiguous
+    stride_qn,  # strides in units of VECTOR
+    stride_qh,
+    stride_qs,
+    stride_kn,
+    stride_kh,
+    stride_ks,
+    stride_vn,
+    stride_vh,
+    stride_vs,
+    stride_outn,
+    stride_outh,
+    stride_outs,
+    scale,
+    HEADS,
+    S,
+    SK,
+    STEPS,  # blocks of keys
+    VECTOR: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    FULL_K: tl.constexpr,  # SK is a multiple of BLOCK_K
+):
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    block, n, h = head_of(tl.program_id(0), tl.cdiv(S, BLOCK_S), HEADS)
+    row = block * BLOCK_S + tl.arange(0, BLOCK_S)
+    q_ptr += (n * stride_qn + h * stride_qh) * VECTOR
+    k_ptr += (n * stride_kn + h * stride_kh) * VECTOR
+    v_ptr += (n * stride_vn + h * stride_vh) * VECTOR
+    out_ptr += (n * stride_outn + h * stride_outh) * VECTOR
+    stride_qs = stride_qs * VECTOR
+    stride_ks = stride_ks * VECTOR
+    stride_vs = stride_vs * VECTOR
+    q = load_rows(q_ptr, row, stride_qs, S, D, BLOCK_D)
+    m = tl.full((BLOCK_S,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_S,), tl.float32)
+    acc = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    for i in range(STEPS):
+        col = i * BLOCK_K + tl.arange(0, BLOCK_K)
+        k = load_rows(k_ptr, col, stride_ks, SK, D, BLOCK_D)
+        s = products(q, k, q_ptr, row, stride_qs, S, k_ptr, col, stride_ks, SK, D, BLOCK_D, CHUNK_D)
+        if not FULL_K:
+            s = tl.where((col < SK)[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, axis=1))
+        # The difference first: scaling large s and m would round each by itself.
+        alpha = tl.exp2((m - m_new) * (scale * LOG2E))
+        p = tl.exp2((s - m_new[:, None]) * (scale * LOG2E))
+        total = total * alpha + tl.sum(p, axis=1)
+        v = load_rows(v_ptr, col, stride_vs, SK, D, BLOCK_D)
+        acc = tl.dot(dot_operand(p, dtype), v, acc * alpha[:, None], input_precision="ieee")
+        m = m_new
+    store_rows(out_ptr, row, acc / total[:, None], stride_outs * VECTOR, S, D, BLOCK_D)
+    lse_ptr += (n * HEADS + h) * S
+    tl.store(lse_ptr + row, m * scale + tl.log(total), mask=row < S)
+
+
+def attention_fwd(
+    q: torch.Tensor,  # (N, heads, S, D) stride(-1) == 1
+    k: torch.Tensor,  # (N, heads, Sk, D) stride(-1) == 1
+    v: torch.Tensor,  # (N, heads, Sk, D) stride(-1) == 1
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # out (N, heads, S, D), lse (N, heads, S) float32
+    n, heads, length, head_dim = q.shape
+    keys = k.shape[2]
+    out = boundary.empty_heads(q, length, head_dim)
+    lse = q.new_empty((n, heads, length), dtype=torch.float32)
+    t = tiles(q, length, keys, backward=False)
+    every, vector = strides(q, k, v, out)
+    with torch.cuda.device_of(q):
+        _attention_fwd_kernel[(triton.cdiv(length, t.fixed) * n * heads,)](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            *every,
+            scale,
+            heads,
+            length,
+            keys,
+            loop_count(triton.cdiv(keys, t.moving)),
+            VECTOR=vector,
+            BLOCK_S=t.fixed,
+            BLOCK_K=t.moving,
+            FULL_K=keys % t.moving == 0,
+            **widths(q),
+            **t.options,
+        )
+    return out, lse
+
+
+def refusals(op: str, q, k, v, scale) -> list[str]:
+    reasons = base_refusals(q, k, v)
+    if q.shape[-1] > MAX_HEAD_DIM:
+        reasons.append(f"head_dim {q.shape[-1]} > {MAX_HEAD_DIM}")
+    if not scale > 0:
+        reasons.append(f"scale {scale} is not positive")
+    if v.shape[-1] != q.shape[-1]:
+        reasons.append(f"head_dim of v {v.shape[-1]} is not that of q {q.shape[-1]}")
+    if not q.dtype == k.dtype == v.dtype:
+        reasons.append(f"q, k, v have unequal dtypes: {q.dtype}, {k.dtype}, {v.dtype}")
+    return reasons
+
+
+_library = boundary.define(
+    boundary.TRITON, {"attention_fwd": attention_fwd, "attention_bwd": attention_bwd}
+)

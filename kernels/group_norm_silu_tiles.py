@@ -1,0 +1,202 @@
+"""Triton: what the forward and the backward of GroupNorm + SiLU share.
+
+A tile is (BLOCK_C channels, BLOCK_S positions) whatever the layout: the offsets make the layout,
+and the compiler spreads threads along the dimension that is contiguous. Its channels are a slab of
+BLOCK_G whole groups, or a chunk of one group. `plan` cuts a tensor into tiles: resident (a program
+sees whole groups, so everything is read once) or large (several programs a group, more launches).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+RESIDENT = 16384  # elements a forward program keeps in registers (16 warps, 32 a thread)
+RESIDENT_BWD = 8192  # of x, and as many of dy
+TILE = 4096  # elements a large program reads at a time
+CHUNK = 32768  # elements of a large program
+MAX_CHUNKS = 256  # position chunks
+SMALL = 2048  # a resident program takes several groups until it has so many elements
+ROW_BYTES = 128  # of a channels_last row that a program should read
+SECTOR = 32  # bytes; a program that reads less of a row wastes memory traffic
+
+
+@triton.jit
+def channels(g0, c0, C, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channels (BLOCK_C,) of the slab of groups g0 …, from its c0-th; and which of them exist."""
+    i = c0 + tl.arange(0, BLOCK_C)
+    c = g0 * GROUP + i
+    return c, (i < BLOCK_G * GROUP) & (c < C)
+
+
+@triton.jit
+def pointers(
+    ptr,
+    n,  # 64-bit
+    c0,  # the tile's first channel and position
+    s0,
+    C,
+    S,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Pointers (BLOCK_C, BLOCK_S) to a tile. The tensor may pass 2³¹ elements, a tile's extent not:
+    only the offset of its corner is 64-bit, which saves registers."""
+    i = tl.arange(0, BLOCK_C)[:, None]
+    j = tl.arange(0, BLOCK_S)[None, :]
+    if CHANNELS_LAST:
+        return ptr + (n * S + s0) * C + c0 + (j * C + i)
+    else:
+        return ptr + (n * C + c0) * S + s0 + (i * S + j)
+
+
+@triton.jit
+def by_group(t, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Sums of a slab's channels (BLOCK_C,) per group, (BLOCK_G,)."""
+    if BLOCK_G == 1:
+        return tl.sum(t[None, :], axis=1)
+    else:
+        g = tl.arange(0, t.shape[0]) // GROUP
+        member = g[None, :] == tl.arange(0, BLOCK_G)[:, None]
+        return tl.sum(tl.where(member, t[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def to_channels(t, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The value of each channel's group: (BLOCK_G,) → (BLOCK_C,)"""
+    if BLOCK_G == 1:
+        return tl.broadcast_to(t, (BLOCK_C,))
+    else:
+        g = tl.arange(0, BLOCK_C) // GROUP
+        member = g[None, :] == tl.arange(0, BLOCK_G)[:, None]
+        return tl.sum(tl.where(member, t[:, None], 0.0), axis=0)
+
+
+@triton.jit
+def operand(ptr, at, mask, absent: tl.constexpr):
+    """A small operand in float32, (BLOCK_C,); `absent` where there is none."""
+    if ptr is None:
+        return tl.where(mask, absent, 0.0)
+    else:
+        return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, mask, stride_scalen, stride_shiftn):
+    """v = x̂·gain + offset: (gain, offset), each (BLOCK_C,)."""
+    gain = 1.0 + operand(scale_ptr, n * stride_scalen + c, mask, 0.0)
+    offset = operand(bias_ptr, c, mask, 0.0) * gain
+    offset += operand(shift_ptr, n * stride_shiftn + c, mask, 0.0)
+    return gain * operand(weight_ptr, c, mask, 1.0), offset
+
+
+@triton.jit
+def act(x_hat, gain, offset, SILU: tl.constexpr):
+    v = x_hat * gain[:, None] + offset[:, None]
+    if SILU:
+        v = v / (1.0 + tl.exp(-v))
+    return v
+
+
+@triton.jit
+def act_grad(dy, x_hat, gain, offset, SILU: tl.constexpr):
+    """dv"""
+    if SILU:
+        v = x_hat * gain[:, None] + offset[:, None]
+        sigmoid = 1.0 / (1.0 + tl.exp(-v))
+        dy = dy * sigmoid * (1.0 + v * (1.0 - sigmoid))
+    return dy
+
+
+@triton.jit
+def centred(u, mask, count, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Per group: mean and what its rounding left; u less both; per group its sum of squares.
+
+    One float32 mean of values near 1000 is off by 3e-5, which is a lot when they differ by 0.01.
+    """
+    mean = by_group(tl.sum(tl.where(mask, u, 0.0), axis=1), GROUP, BLOCK_G) / count
+    d = tl.where(mask, u - to_channels(mean, GROUP, BLOCK_G, BLOCK_C)[:, None], 0.0)
+    rest = by_group(tl.sum(d, axis=1), GROUP, BLOCK_G) / count
+    d = tl.where(mask, d - to_channels(rest, GROUP, BLOCK_G, BLOCK_C)[:, None], 0.0)
+    return mean, rest, d, by_group(tl.sum(d * d, axis=1), GROUP, BLOCK_G)
+
+
+@triton.jit
+def place(pid, G, C_CHUNKS, S_CHUNKS, BLOCK_G: tl.constexpr):
+    """Program number → (n, first group, channel chunk, position chunk) of a large launch."""
+    chunk_s = pid % S_CHUNKS
+    chunk_c = (pid // S_CHUNKS) % C_CHUNKS
+    slab = pid // (S_CHUNKS * C_CHUNKS)
+    slabs = tl.cdiv(G, BLOCK_G)
+    return (slab // slabs).to(tl.int64), (slab % slabs) * BLOCK_G, chunk_c, chunk_s
+
+
+class Plan(NamedTuple):
+    resident: bool
+    block_g: int
+    block_c: int
+    block_s: int
+    slabs: int  # of block_g groups
+    c_chunks: int  # of block_c channels of a slab; 1 if it has several groups
+    s_chunks: int  # of tiles·block_s positions
+    tiles: int
+    aligned: bool
+
+    @property
+    def options(self) -> dict:
+        """16 elements a thread, 32 in the largest tile. 16 warps leave a thread 128 registers: too
+        few for the addresses of elements that are read one by one."""
+        warps = max(1, min(16 if self.aligned else 8, self.block_c * self.block_s // 512))
+        return {"num_warps": warps, "enable_fp_fusion": True}
+
+    @property
+    def blocks(self) -> dict:
+        return {"BLOCK_G": self.block_g, "BLOCK_C": self.block_c, "BLOCK_S": self.block_s}
+
+
+def channels_last(t: torch.Tensor) -> bool:
+    """Whether t is to be read as (N, S, C); where both layouts hold, contiguous."""
+    return not t.is_contiguous()
+
+
+def row_stride(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+def plan(group: int, S: int, G: int, itemsize: int, last: bool, limit: int) -> Plan:
+    """How to cut a tensor with `group` channels a group; `limit`: elements of a resident tile."""
+    power = triton.next_power_of_2
+    s, block_g = power(S), 1
+    aligned = (G * group if last else S) % 8 == 0
+
+    def row(groups: int) -> int:  # bytes of a channels_last row
+        return groups * group * itemsize
+
+    if power(group) * s <= limit:
+        while block_g < G and power(2 * block_g * group) * s <= limit:
+            narrow = last and row(block_g) < ROW_BYTES
+            if not narrow and block_g * group * s >= SMALL:
+                break
+            block_g *= 2
+        if not last or block_g >= G or row(block_g) >= SECTOR:
+            block_c = power(block_g * group)
+            return Plan(True, block_g, block_c, s, triton.cdiv(G, block_g), 1, 1, 1, aligned)
+    block_g = 1
+    if last:
+        while block_g < G and row(block_g) < ROW_BYTES:
+            block_g *= 2
+        block_c = power(block_g * group)
+        if block_g == 1:
+            block_c = min(block_c, max(power(ROW_BYTES // itemsize), TILE // s))
+        block_s = max(1, TILE // block_c)
+    else:
+        block_s = min(s, 1024)
+        block_c = min(power(group), max(1, TILE // block_s))
+    tiles = max(1, CHUNK // (block_c * block_s), triton.cdiv(S, block_s * MAX_CHUNKS))
+    tiles = min(tiles, triton.cdiv(S, block_s))
+    c_chunks = triton.cdiv(block_g * group, block_c)
+    s_chunks = triton.cdiv(S, block_s * tiles)
+    slabs = triton.cdiv(G, block_g)
+    return Plan(False, block_g, block_c, block_s, slabs, c_chunks, s_chunks, tiles, aligned)

@@ -1,0 +1,143 @@
+"""Compiles every Triton kernel for one GPU architecture without a GPU: python triton_compile.py 90
+
+The launchers run on meta tensors under a driver that only names a target, so that each kernel is
+compiled with exactly the hints, constants and options of a real launch; nothing is executed.
+Prints a JSON line per kernel: registers, stack (spills), shared memory, tensor-core and fma counts.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+WIDE = re.compile(
+    r"\b(?:ld|st)\.global\S*\.(?:v4\.b32|v2\.b64)|cp\.async\.cg\.\S+ .*?, (?:0x10|16)"
+)
+TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
+
+
+class TargetOnly:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, arch: int):
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def report(label: str, kernel, seconds: float) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+
+        # Disassembling takes as long as compiling: only where instructions are looked for.
+        products = "_attention" in kernel.name and "delta" not in kernel.name
+        what = ["--dump-resource-usage"] + ["--dump-sass"] * products
+        command = [CUOBJDUMP, *what, file.name]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"\b(REG|STACK):(\d+)", dump))
+    ptx = kernel.asm["ptx"]
+    return {
+        "label": label,
+        "kernel": kernel.name,
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]),  # bytes; registers are spilled there and nowhere else
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "tensor_core": len(TENSOR_CORE.findall(dump)) if products else None,
+        "wide_access": len(WIDE.findall(ptx)),
+        "fma": ptx.count("fma.rn.f32"),
+        "seconds": round(seconds, 2),
+    }
+
+
+def meta(*shape: int, dtype=torch.float32, last: bool = False) -> torch.Tensor:
+    t = torch.empty(shape, dtype=dtype, device="meta")
+    return t.contiguous(memory_format=torch.channels_last) if last else t
+
+
+def launches():
+    """(label, launcher, arguments): layouts, dtypes and sizes of real models, on meta tensors."""
+    from engine.kernels import attention, group_norm_silu, noise, reverse_step
+
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+
+    def group_norm(n, c, side, groups, dtype, last, dy_last=None):
+        x = meta(n, c, side, side, dtype=dtype, last=last)
+        dy = meta(n, c, side, side, dtype=dtype, last=last if dy_last is None else dy_last)
+        vectors = [meta(c, dtype=dtype) for _ in range(2)]
+        vectors += meta(n, 3 * c, dtype=dtype).chunk(3, dim=1)
+        stats = [meta(n, groups) for _ in range(2)]
+        label = f"{n},{c},{side},{side} G{groups} {str(dtype)[6:]} {'NHWC' if last else 'NCHW'}"
+        yield label, group_norm_silu.group_norm_silu_fwd, (x, *vectors, groups, 1e-5, True)
+        yield label, group_norm_silu.group_norm_silu_bwd, (dy, x, *vectors, *stats, groups, True)
+
+    for last in (False, True):
+        yield from group_norm(32, 128, 32, 32, bf16, last)  # resident but for the NHWC backward
+        yield from group_norm(8, 128, 256, 32, bf16, last)  # large
+    yield from group_norm(64, 384, 32, 32, bf16, True)  # C/G = 12
+    yield from group_norm(32, 128, 32, 32, f32, False)
+    yield from group_norm(32, 512, 4, 32, f16, True, dy_last=False)
+    yield from group_norm(2, 96, 7, 1, f32, False)  # nothing is aligned
+
+    def attend(n, heads, s, sk, d, dtype):
+        q = meta(n, s, 3, heads, d, dtype=dtype)[:, :, 0].transpose(1, 2)
+        k = meta(n, sk, 3, heads, d, dtype=dtype)[:, :, 1].transpose(1, 2)
+        out, lse = meta(n, s, heads, d, dtype=dtype).transpose(1, 2), meta(n, heads, s)
+        label = f"{n},{heads},{s},{sk},{d} {str(dtype)[6:]}"
+        yield label, attention.attention_fwd, (q, k, k, d**-0.5)
+        yield label, attention.attention_bwd, (out, q, k, k, out, lse, d**-0.5)
+
+    yield from attend(64, 6, 1024, 1024, 64, bf16)
+    yield from attend(2, 8, 4096, 77, 40, f16)
+    yield from attend(2, 8, 1024, 1024, 128, bf16)
+    yield from attend(128, 1, 256, 256, 256, bf16)
+    yield from attend(64, 4, 64, 64, 64, f32)
+
+    key, step = meta(1, dtype=torch.int64), meta(1, dtype=torch.int64)
+    yield "f32", noise.noise_fwd, (meta(1 << 20), key, step, 0, 0)
+    yield "bf16 offset 3", noise.noise_fwd, (meta(1 << 20, dtype=bf16), key, step, 2, 3)
+    x, coeffs = meta(128, 3, 32, 32), meta(1000, 5)
+    last = meta(128, 3, 32, 32, dtype=bf16, last=True)
+    yield "f32", reverse_step.reverse_step_fwd, (x, last, coeffs, step, key, None, 1.0, 0)
+    yield "bf16 noise", reverse_step.reverse_step_fwd, (last, x, coeffs, step, None, x, 1.0, 0)
+
+
+def main(arch: int) -> None:
+    triton.runtime.driver.set_active(TargetOnly(arch))
+    compile_only, label, seen = JITFunction.run, "", set()
+
+    def run(self, *args, grid, warmup, **kwargs):
+        start = time.perf_counter()
+        kernel = compile_only(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            print(json.dumps(report(label, kernel, time.perf_counter() - start)), flush=True)
+        return kernel
+
+    JITFunction.run = run
+    for label, launcher, arguments in launches():  # noqa: B007
+        launcher(*arguments)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
