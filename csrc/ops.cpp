@@ -73,7 +73,7 @@ void* current_stream(int32_t device) {
   }();
   STD_TORCH_CHECK(lookup != nullptr, "CUDA tensors need a torch that was built with CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(lookup(device, &stream));
+  TORCH_ERROR_CODE_CHECK(lookup(device, &stream));
   return stream;
 }
 #endif
@@ -188,7 +188,7 @@ const int64_t* scalar_int64(const Tensor& t, const Tensor& x, const char* name) 
 Tensor allocate(const Tensor& like, const int64_t* sizes, int64_t dim, ScalarType type) {
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes, dim, &dtype, nullptr,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes, dim, &dtype, nullptr,
                                                           nullptr, 0, nullptr, &handle));
   return Tensor(handle);
 }

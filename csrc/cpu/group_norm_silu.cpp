@@ -258,7 +258,10 @@ class Forward {
     const int64_t D = p_.C / p_.G;
     for (int64_t g = 0; g < cut_.groups; ++g) {
       const float rstd = rstd_[unit * cut_.groups + g];
-      for (int64_t c = g * D; c < (g + 1) * D; ++c) s.affine(c, centers(unit)[g], rstd);
+      for (int64_t c = g * D; c < (g + 1) * D; ++c) {
+        s.affine(c, centers(unit)[g], rstd);
+        if (p_.silu) s.a[c] *= cut_.loops.silu_scale, s.b[c] *= cut_.loops.silu_scale;
+      }
     }
   }
 

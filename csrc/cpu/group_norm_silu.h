@@ -8,6 +8,9 @@
 namespace engine {
 
 struct GroupNormLoops {
+  // With silu, apply and columns_apply want a and b multiplied by this.
+  float silu_scale;
+
   // Contiguous: x is one group's slab of rows of S elements, each row a channel; [i0, i1) is a
   // range of the slab and the parameters are per row.
   double (*sum)(const void* x, int64_t i0, int64_t i1);

@@ -9,7 +9,7 @@ struct Sums2 {
 
 template <class T, bool kSilu>
 ENGINE_INLINE Pair activate(Pair v) {
-  if constexpr (kSilu) return v * sigmoid2<T>(v);
+  if constexpr (kSilu) return {silu_scaled<T>(v.a), silu_scaled<T>(v.b)};
   return v;
 }
 
@@ -91,7 +91,7 @@ void slab_apply(const T* x, T* y, int64_t i0, int64_t i1, int64_t S, const float
     const Pair shift = set2(t[row]), gain = set2(a[row]), bias = set2(b[row]);
     const int64_t end = (row + 1) * S < i1 ? (row + 1) * S : i1;
     for (; i0 + W2 <= end; i0 += W2) {
-      if (ahead) __builtin_prefetch(ahead + i0, 0, 2);
+      if (ahead) prefetch2(ahead + i0);
       store2(y + i0, activate<T, kSilu>(fma(load2(x + i0) + shift, gain, bias)));
     }
     if (i0 < end) {
@@ -159,8 +159,8 @@ void slab_grad_apply(const T* x, const T* dy, T* dx, int64_t i0, int64_t i1, int
       const int64_t n = end - i0;
       const bool whole = n >= W2;
       if (x_ahead) {
-        __builtin_prefetch(x_ahead + i0, 0, 2);
-        __builtin_prefetch(dy_ahead + i0, 0, 2);
+        prefetch2(x_ahead + i0);
+        prefetch2(dy_ahead + i0);
       }
       const Pair d = (whole ? load2(x + i0) : load2(x + i0, n)) + shift;
       const Pair dv =
@@ -281,7 +281,7 @@ ENGINE_INLINE void columns_apply_block(const T* x, T* y, int64_t rows, int64_t C
     ENGINE_UNROLL
     for (int k = 0; k < K; ++k) {
       const int64_t i = s * C + k * W2;
-      if (ahead) __builtin_prefetch(ahead + i, 0, 2);
+      if (ahead) prefetch2(ahead + i);
       const Pair v = fma(load2_tail(x + i, n) + shift[k], gain[k], bias[k]);
       const Pair result = activate<T, kSilu>(v);
       n == 0 ? store2(y + i, result) : store2(y + i, result, n);
@@ -366,8 +366,8 @@ ENGINE_INLINE void columns_grad_apply_block(const T* x, const T* dy, T* dx, int6
     for (int k = 0; k < K; ++k) {
       const int64_t i = s * C + k * W2;
       if (x_ahead) {
-        __builtin_prefetch(x_ahead + i, 0, 2);
-        __builtin_prefetch(dy_ahead + i, 0, 2);
+        prefetch2(x_ahead + i);
+        prefetch2(dy_ahead + i);
       }
       const Pair d = load2_tail(x + i, n) + shift[k];
       const Pair dv = gradient<T, kSilu>(fma(d, gain[k], bias[k]), load2_tail(dy + i, n));
@@ -413,9 +413,9 @@ static void to_float(float* to, const void* from, DType dtype, int64_t n) {
 
 template <class T>
 constexpr GroupNormLoops loops_of() {
-  return {slab_sum<T>,          slab_stats<T>,        slab_apply<T>,    slab_grad_sums<T>,
-          slab_grad_apply<T>,   columns_sum<T>,       columns_stats<T>, columns_apply<T>,
-          columns_grad_sums<T>, columns_grad_apply<T>};
+  return {kSiluScale<T>,     slab_sum<T>,          slab_stats<T>,        slab_apply<T>,
+          slab_grad_sums<T>, slab_grad_apply<T>,   columns_sum<T>,       columns_stats<T>,
+          columns_apply<T>,  columns_grad_sums<T>, columns_grad_apply<T>};
 }
 static const GroupNormLoops& group_norm_loops(DType dtype) {
   static const GroupNormLoops table[] = {loops_of<float>(), loops_of<bf16>(), loops_of<f16>()};

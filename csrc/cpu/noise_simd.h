@@ -74,8 +74,8 @@ ENGINE_INLINE void round_keys(RoundKeys* keys, NoiseKey key) {
 
 // out[2 W] <- the normals of quads quad ... quad + W / 2 - 1.
 ENGINE_INLINE void noise_block(float* out, uint64_t quad, const RoundKeys& keys) {
-  U64 counter;
-  for (int i = 0; i < W / 2; ++i) counter[i] = quad + i;
+  static const uint64_t lanes[] = {0, 1, 2, 3, 4, 5, 6, 7};
+  const U64 counter = read<U64>(lanes) + quad;
   U64 x0 = counter, x1 = counter >> 32, x2 = keys.step, x3 = keys.stream;
   ENGINE_UNROLL
   for (int i = 0; i < 10; ++i) {

@@ -105,11 +105,13 @@ ENGINE_INLINE H float_to_half(F v) {
 #endif
 #endif
 
-// To the nearest bfloat16, ties to even, in the upper half of each lane. NaN: see load_number.
+// To the nearest bfloat16, ties to even, in the upper half of each lane. NaNs must be plain.
 ENGINE_INLINE U round_bf16(F v) {
   const U bits = as_bits(v);
   return bits + (((bits >> 16) & 1u) + 0x7FFFu);
 }
+// The same, but ties away from zero: as close, and 1 operation instead of 4.
+ENGINE_INLINE U round_bf16_away(F v) { return as_bits(v) + 0x8000u; }
 // NaNs whose payload would overflow in round_bf16 become the plain one.
 ENGINE_INLINE F plain_nan(F v) { return v == v ? v : as_float(U{} + 0x7FC00000u); }
 
@@ -152,9 +154,10 @@ ENGINE_INLINE void store2(T* p, Pair v) {
   store(p, v.a);
   store(p + W, v.b);
 }
-ENGINE_INLINE void store2(bf16* p, Pair v) {  // a NaN must be plain
-  write(p, (round_bf16(v.a) >> 16) | (round_bf16(v.b) & 0xFFFF0000u));
+ENGINE_INLINE U pack2(Pair v) {  // a NaN must be plain
+  return (round_bf16_away(v.a) >> 16) | (round_bf16_away(v.b) & 0xFFFF0000u);
 }
+ENGINE_INLINE void store2(bf16* p, Pair v) { write(p, pack2(v)); }
 
 // The first n < 2 W elements; the other lanes are 0.
 template <class T>
@@ -189,8 +192,7 @@ ENGINE_INLINE Pair load2(const bf16* p, int64_t n) {
   return {as_float(both << 16), as_float(both & 0xFFFF0000u)};
 }
 ENGINE_INLINE void store2(bf16* p, Pair v, int64_t n) {
-  const U both = (round_bf16(v.a) >> 16) | (round_bf16(v.b) & 0xFFFF0000u);
-  _mm512_mask_storeu_epi16(p, first32(n), (__m512i)both);
+  _mm512_mask_storeu_epi16(p, first32(n), (__m512i)pack2(v));
 }
 ENGINE_INLINE Pair load2(const f16* p, int64_t n) {
   return {half_to_float((H)_mm256_maskz_loadu_epi16(first16(n), p)),
@@ -201,6 +203,13 @@ ENGINE_INLINE void store2(f16* p, Pair v, int64_t n) {
   _mm256_mask_storeu_epi16(p + 16, first16(n - 16), (__m256i)float_to_half(v.b));
 }
 #endif
+
+// The cache lines of a pair, into L2.
+template <class T>
+ENGINE_INLINE void prefetch2(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+  if (sizeof(T) * W2 > 64) __builtin_prefetch(p + W, 0, 2);
+}
 
 // Floats in natural order to and from the order of T's pairs.
 template <class T>
@@ -229,6 +238,7 @@ ENGINE_INLINE void unorder2(float* p, Pair v) {
 template <class T>
 ENGINE_INLINE Pair keep(Pair v, int64_t n) {
   I a, b;
+  ENGINE_UNROLL
   for (int i = 0; i < W; ++i) {
     a[i] = kInterleaved<T> ? 2 * i : i;
     b[i] = kInterleaved<T> ? 2 * i + 1 : W + i;
@@ -251,11 +261,10 @@ ENGINE_INLINE F reciprocal(F d) {  // of a finite number: an estimate and one Ne
   const __m512 error = _mm512_fnmadd_ps((__m512)d, guess, _mm512_set1_ps(1.0f));
   return (F)_mm512_fmadd_ps(guess, error, guess);
 }
-// exp(-v) as 2^floor(z) 2^(z - floor(z)), z = -v log2(e); vscalefps takes the floor itself and
-// needs no clamp.
+// 2^z for 16-bit results, as 2^floor(z) 2^(z - floor(z)); vscalefps takes the floor itself, and
+// over- and underflows without a clamp.
 template <class T>
-ENGINE_INLINE F sigmoid16(F v) {
-  const F z = v * -1.44269504f;
+ENGINE_INLINE F exp2_16(F z) {
   const F r = (F)_mm512_reduce_ps((__m512)z, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   F e;
   if constexpr (std::is_same_v<T, bf16>) {
@@ -268,10 +277,14 @@ ENGINE_INLINE F sigmoid16(F v) {
     e = fma(e, r, set1(0.6930038345f));
     e = fma(e, r, set1(1.0000025934f));
   }
-  const __m512 d = (__m512)(1.0f + (F)_mm512_scalef_ps((__m512)e, (__m512)z));
-  const __m512 guess = _mm512_rcp14_ps(d);  // of infinity: 0
+  return (F)_mm512_scalef_ps((__m512)e, (__m512)z);
+}
+// 1 / d, of infinity 0
+template <class T>
+ENGINE_INLINE F reciprocal16(F d) {
+  const __m512 guess = _mm512_rcp14_ps((__m512)d);
   if constexpr (std::is_same_v<T, bf16>) return (F)guess;
-  const __m512 error = _mm512_fnmadd_ps(d, guess, _mm512_set1_ps(1.0f));  // NaN for infinity
+  const __m512 error = _mm512_fnmadd_ps((__m512)d, guess, _mm512_set1_ps(1.0f));  // NaN: infinity
   const __mmask16 finite = _mm512_cmp_ps_mask(error, error, _CMP_ORD_Q);
   return (F)_mm512_mask_fmadd_ps(guess, finite, error, guess);
 }
@@ -282,7 +295,9 @@ ENGINE_INLINE F reciprocal(F d) { return 1.0f / d; }
 template <class T>
 ENGINE_INLINE F sigmoid(F v) {
 #if ENGINE_LEVEL == 2
-  if constexpr (!std::is_same_v<T, float>) return sigmoid16<T>(v);
+  if constexpr (!std::is_same_v<T, float>) {
+    return reciprocal16<T>(1.0f + exp2_16<T>(v * -1.44269504f));
+  }
 #endif
   // The argument is clamped at 44, where float's sigmoid is 1 and exp is far from overflow: results
   // that turn subnormal cost a microcode assist per vector. Below -87 the sigmoid is 0.
@@ -319,4 +334,24 @@ ENGINE_INLINE F sigmoid(F v) {
 template <class T>
 ENGINE_INLINE Pair sigmoid2(Pair v) {
   return {sigmoid<T>(v.a), sigmoid<T>(v.b)};
+}
+
+// silu(v), given v * kSiluScale<T>: where the scale is -log2(e), z = -v log2(e) enters exp2 at once
+// and v / (1 + 2^z) = z / (-log2(e) - log2(e) 2^z).
+#if ENGINE_LEVEL == 2
+template <class T>
+constexpr float kSiluScale = std::is_same_v<T, float> ? 1.0f : -1.44269504f;
+#else
+template <class T>
+constexpr float kSiluScale = 1.0f;
+#endif
+template <class T>
+ENGINE_INLINE F silu_scaled(F z) {
+#if ENGINE_LEVEL == 2
+  if constexpr (!std::is_same_v<T, float>) {
+    const F log2e = set1(-1.44269504f);
+    return z * reciprocal16<T>(fma(exp2_16<T>(z), log2e, log2e));
+  }
+#endif
+  return z * sigmoid<T>(z);
 }

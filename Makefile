@@ -1,0 +1,148 @@
+# Two commands are enough: `make train`, `make test`. Also: venv, build, bench, gpu, lint, clean.
+#
+#   PYTHON=python3.12          the interpreter (3.10 or newer)
+#   TORCH='torch==2.13.0 --index-url …'   the torch build, as pip writes it
+#   VENV=none                  use the current environment as it is, without any network
+#   RUN=runs/fashion-mnist     where `make train` puts its run; ARGS='--loss huber' adds options
+#   MAX_JOBS=2                 compilers at a time
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+RUN ?= runs/fashion-mnist
+ARGS ?=
+MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+export MAX_JOBS
+
+ifeq ($(VENV),none)
+  PY := $(PYTHON)
+  BIN :=
+  STAMPS := build/stamps$(subst /,_,$(PYTHON))
+  PIP_INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-deps
+else
+  PY := $(VENV)/bin/python
+  BIN := $(VENV)/bin/
+  STAMPS := $(VENV)
+  PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
+endif
+
+# A stamp is touched when its step is done; make repeats the step when something it rests on is newer.
+VENV_STAMP := $(STAMPS)/.engine-venv
+PACKAGES_STAMP := $(STAMPS)/.engine-packages
+BUILD_STAMP := $(STAMPS)/.engine-build
+DATA_STAMP := $(STAMPS)/.engine-data
+SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
+
+.DEFAULT_GOAL := train
+.PHONY: train test venv build data bench gpu lint clean always
+
+train: build data
+	@if [ -f '$(RUN)/checkpoint.safetensors' ]; then \
+	  $(PY) -m engine.train --resume '$(RUN)' $(ARGS); \
+	else \
+	  $(PY) -m engine.train --dataset fashion-mnist --out '$(RUN)' $(ARGS); \
+	fi
+
+test: build
+	$(PY) -m pytest $(ARGS)
+
+venv: $(PACKAGES_STAMP)
+build: $(BUILD_STAMP)
+
+bench: build
+	$(PY) -m pytest benchmarks $(ARGS)
+
+# On a machine with a GPU: the whole test suite on the device, then the benchmarks.
+gpu: build
+	@$(PY) -c "import torch; raise SystemExit(0 if torch.cuda.is_available() else 'make gpu needs a CUDA GPU and a CUDA build of torch; torch finds none')"
+	$(PY) -m pytest
+	$(PY) -m pytest benchmarks
+
+lint: venv
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@files=$$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'); \
+	  echo "clang-format --dry-run -Werror $$(echo "$$files" | wc -l) files"; \
+	  $(BIN)clang-format --dry-run -Werror $$files
+
+# Debian's package, where apt-get and the rights are there; if not, training downloads the data.
+data: $(DATA_STAMP)
+$(DATA_STAMP): $(PACKAGES_STAMP)
+	@if [ '$(VENV)' != none ] && [ ! -f /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz ] \
+	    && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  echo 'installing the Debian package dataset-fashion-mnist'; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  apt='apt-get -qq -o Acquire::Retries=0 -o Acquire::http::Timeout=20'; \
+	  install="$$apt install --no-install-recommends dataset-fashion-mnist"; \
+	  { $$install || { $$apt update && $$install; }; } >/dev/null 2>&1 </dev/null \
+	    || echo 'that failed; training will download the data'; \
+	fi
+	@touch $@
+
+ifeq ($(VENV),none)
+
+$(PACKAGES_STAMP):
+	@$(PY) -c 'import torch' || { echo 'VENV=none needs torch in the current environment' >&2; exit 2; }
+	@mkdir -p $(@D) && touch $@
+
+else
+
+# TORCH=… on the command line or in the environment exchanges the torch of a finished set-up; without
+# it, what is installed stays.
+ifneq ($(origin TORCH),file)
+  ifneq ($(shell cat $(VENV)/.engine-torch 2>/dev/null),$(TORCH))
+    TORCH_CHANGED := always
+  endif
+endif
+# Debian keeps venv in a package of its own; virtualenv from pip serves as well.
+$(VENV_STAMP):
+	@echo 'creating $(VENV)'
+	@$(PYTHON) -c 'import sys; raise SystemExit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.12")'
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
+	  $(PYTHON) -m virtualenv --quiet $(VENV) 2>/dev/null; } || { rm -rf $(VENV); \
+	  $(PYTHON) -m pip install --quiet --disable-pip-version-check --target $(VENV).virtualenv virtualenv && \
+	  PYTHONPATH=$(VENV).virtualenv $(PYTHON) -m virtualenv --quiet $(VENV); rm -rf $(VENV).virtualenv; }
+	@test -x $(PY) || { echo 'no virtual environment could be made: install python3-venv, or use VENV=none' >&2; exit 2; }
+	@touch $@
+
+# torch first and pinned, so that no later step brings another one.
+$(PACKAGES_STAMP): $(VENV_STAMP) pyproject.toml $(TORCH_CHANGED)
+	@echo 'installing $(TORCH)'
+	@$(PY) -m pip install --disable-pip-version-check $(TORCH)
+	@echo '$(TORCH)' > $(VENV)/.engine-torch
+	@echo 'installing the packages of pyproject.toml'
+	@$(PY) -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/torch.txt
+	@$(PY) -c "$$LIST_REQUIREMENTS" > $(VENV)/requirements.txt
+	@$(PIP_INSTALL) -c $(VENV)/torch.txt -r $(VENV)/requirements.txt
+	@touch $@
+
+endif
+
+$(BUILD_STAMP): $(PACKAGES_STAMP) $(SOURCES) $(if $(wildcard engine/_C*.so),,always)
+	@echo 'building the kernels'
+	@$(PIP_INSTALL) --no-build-isolation --no-deps -e .
+	@touch $@
+
+clean:
+	rm -rf build *.egg-info engine/*.so .pytest_cache .ruff_cache
+
+# What the build and the extra "test" need, from pyproject.toml (Python 3.10 has no tomllib; pip does).
+define LIST_REQUIREMENTS
+try:
+    import tomllib
+except ImportError:
+    from pip._vendor import tomli as tomllib
+with open("pyproject.toml", "rb") as file:
+    config = tomllib.load(file)
+extras = config["project"]["optional-dependencies"]
+def expand(names):
+    for name in names:
+        if name.startswith("diffusion-engine["):
+            for extra in name[name.index("[") + 1 : -1].split(","):
+                yield from expand(extras[extra])
+        else:
+            yield name
+found = [*config["build-system"]["requires"], *config["project"]["dependencies"], *expand(["diffusion-engine[test]"])]
+print("\n".join(dict.fromkeys(r for r in found if not r.startswith("torch"))))
+endef
+export LIST_REQUIREMENTS

@@ -1,0 +1,92 @@
+"""Tables from benchmarks/results/*.json: `python benchmarks/report.py` writes RESULTS.md and README's table.
+
+README shows the headline rows between its two markers; RESULTS.md shows every row, losses included.
+"""
+
+import json
+import math
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+HEADLINE = (
+    "bench_forward[32x128x32x32-bf16-channels_last]",
+    "bench_forward[32x128x32x32-fp32-contiguous]",
+    "bench_forward[1x128x32x32-bf16-channels_last]",
+    "bench_backward[32x128x32x32-bf16-channels_last]",
+    "bench_reverse_step[64x1x28x28]",
+    "bench_reverse_step[128x3x32x32]",
+    "bench_noise[1M]",
+)
+COLUMNS = "| case | ours µs | eager µs | compile µs | × eager | × compile | GB/s | of copy |"
+
+
+def load() -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+
+
+def device(result: dict) -> str:
+    m = result["machine_info"]
+    where = m["gpu"] or f"{m['cpu']}, {m['capability']}, {m['threads']} threads"
+    return f"{where}; torch {m['torch']}"
+
+
+def row(benchmark: dict) -> str:
+    info = benchmark["extra_info"]
+    us, speedup = info["median_us"], info["speedup"]
+
+    def cell(values: dict, name: str, digits: int) -> str:
+        return f"{values[name]:.{digits}f}" if name in values else "–"
+
+    name = benchmark["name"].removeprefix("bench_").replace("[", " ").rstrip("]")
+    return (
+        f"| {name} | {us['ours']:.0f} | {cell(us, 'eager', 0)} | {cell(us, 'compile', 0)} "
+        f"| {cell(speedup, 'eager', 2)} | {cell(speedup, 'compile', 2)} "
+        f"| {info['gb_per_s']:.1f} | {info['share_of_copy']:.2f} |"
+    )
+
+
+def table(benchmarks: list[dict]) -> list[str]:
+    return [COLUMNS, "| --- |" + " ---: |" * (COLUMNS.count("|") - 2), *map(row, benchmarks)]
+
+
+def geomean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def summary(benchmarks: list[dict]) -> list[str]:
+    """One line per operation and kind: geometric mean and worst case against each baseline."""
+    groups: dict[str, list[dict]] = {}
+    for b in benchmarks:
+        operation, _, case = b["name"].removeprefix("bench_").rstrip("]").partition("[")
+        kind = case.partition("-")[2]
+        groups.setdefault(f"{operation} {kind}".strip(), []).append(b["extra_info"]["speedup"])
+    lines = ["| operation | × eager geomean | worst | × compile geomean | worst | cases |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, speedups in groups.items():
+        cells = []
+        for baseline in ("eager", "compile"):
+            values = [s[baseline] for s in speedups if baseline in s]
+            cells += [f"{geomean(values):.2f}", f"{min(values):.2f}"] if values else ["–", "–"]
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(speedups)} |")
+    return lines
+
+
+def main() -> None:
+    full, short = ["# Results", "", "Medians; below 1 in a × column we lose.", ""], []
+    for result in load():
+        benchmarks = result["benchmarks"]
+        full += [f"## {device(result)}", "", *summary(benchmarks), "", *table(benchmarks), ""]
+        chosen = [b for b in benchmarks if b["name"] in HEADLINE]
+        short += [f"{device(result)}:", "", *table(chosen), ""]
+    (RESULTS / "RESULTS.md").write_text("\n".join(full))
+    readme = (ROOT / "README.md").read_text()
+    before, _, rest = readme.partition(BEGIN)
+    after = rest.partition(END)[2]
+    text = "\n".join([before + BEGIN, "", *short, END + after])
+    (ROOT / "README.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Checkpoints: one safetensors file with all that training needs to go on and sampling to start.
+
+Tensors: `model.*` weights, `ema.*` their moving average, `optimizer.<state>.<parameter>`,
+`diffusion.betas`. Metadata: one JSON text under the key `diffusion_engine`. No pickle, so a foreign
+file can do no harm.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FILE = "checkpoint.safetensors"  # in the run's folder
+FORMAT = 1
+KEY = "diffusion_engine"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or does not fit; one sentence."""
+
+
+def find(path: str | os.PathLike) -> Path:
+    """The checkpoint of a run's folder, or the file itself. CheckpointError if there is none."""
+    path = Path(path).expanduser()
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        hint = f"the folder has no {FILE}" if path.is_dir() else "there is no such file or folder"
+        raise CheckpointError(f"no checkpoint at {path}: {hint}")
+    return file
+
+
+def save(path: str | os.PathLike, tensors: dict[str, Tensor], info: dict) -> None:
+    """Writes the file atomically: after a crash, the old or the new one is there, whole."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")  # same folder: os.replace must not cross disks
+    metadata = {KEY: json.dumps({"format": FORMAT, **info})}
+    try:
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata
+        )
+        with open(temporary, "rb+") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # safetensors makes it private to the user
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read(path: str | os.PathLike, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
+    """Tensors whose names start with `prefix`, on the CPU, and the file's info.
+
+    Raises CheckpointError for an unreadable, truncated or foreign file, or one of a newer format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = find(path)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            if KEY not in metadata:
+                raise CheckpointError(
+                    f"{file} is a safetensors file, but not a checkpoint of this engine "
+                    f"(no {KEY!r} in its metadata)"
+                )
+            info = json.loads(metadata[KEY])
+            if info.get("format") != FORMAT:
+                raise CheckpointError(
+                    f"{file} has checkpoint format {info.get('format')}, "
+                    f"this engine reads format {FORMAT}"
+                )
+            return {k: opened.get_tensor(k) for k in opened.keys() if k.startswith(prefix)}, info  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{file} is not a readable checkpoint ({file.stat().st_size} bytes; truncated, damaged "
+            f"or of another kind): {error}"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def build(tensors: dict[str, Tensor], info: dict, weights: str, file: Path):
+    """The model with `weights` ("ema" or "model") and the diffusion that a checkpoint describes."""
+    from .diffusion import Diffusion
+    from .unet import UNet
+
+    try:
+        model = UNet(**info["model"])
+        model.load_state_dict(part(tensors, f"{weights}."))
+        diffusion = Diffusion(tensors["diffusion.betas"], **info["diffusion"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{file} does not describe a model of this engine: {reason}"
+        ) from None
+    return model, diffusion
+
+
+def load(path: str | os.PathLike, *, device: str | torch.device = "cpu"):
+    """A trained run, ready to sample: `model, diffusion, config = load("runs/a")`.
+
+    `path` is the run's folder or its checkpoint file. The model has its EMA weights and is in eval
+    mode; `config` is the checkpoint's info: "model", "diffusion", "train" (dicts), "step",
+    "classes" (names).
+    Raises CheckpointError (a ValueError), one sentence, when the file is missing or unreadable.
+    """
+    file = find(path)
+    tensors, info = read(file)
+    model, diffusion = build(tensors, info, "ema", file)
+    model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return model, diffusion, info

@@ -1,0 +1,154 @@
+"""`python -m engine.sample`: draw samples from a trained run."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+
+from . import cli
+
+try:
+    from tyro.conf import Positional
+except ImportError:  # cli.parse says so; `engine.sample(model, …)` needs no tyro
+    Positional = None
+
+PROG = "python -m engine.sample"
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Draw samples from a trained run into one picture."""
+
+    run: Annotated[Path, Positional]
+    """Folder of a run, or its checkpoint file."""
+    out: Path = Path("samples.png")
+    """The picture, PNG. An existing one is replaced."""
+    n: int = 64
+    """Number of samples."""
+    sampler: Literal["ddpm", "ddim"] = "ddim"
+    """ddpm: ancestral sampling; ddim: deterministic for --eta 0, good with few steps."""
+    steps: int | None = None
+    """Steps of the reverse process. None: 50 for ddim, all T for ddpm."""
+    eta: float = 0.0
+    """DDIM's noise: 0 none, 1 as much as ddpm."""
+    seed: int = 0
+    """The same seed draws the same samples, whatever the batch."""
+    clip: bool = True
+    """Clip x0 to [-1, 1] in every step (--no-clip: do not)."""
+    label: int | None = None
+    """Class to draw, of a class-conditional model. None: all classes in turn."""
+    strip: Path | None = None
+    """Also draw the way x_T … x_0 of the first 8 samples into this PNG."""
+    batch: int = 64
+    """Samples computed at a time."""
+    device: str | None = None
+    """`cpu`, `cuda`, `cuda:1` … None: cuda where there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the device has arithmetic for it."""
+
+
+def command(args: Sequence[str] | None) -> None:
+    from . import plots
+    from .checkpoint import load
+    from .samplers import sample
+    from .trainer import autocast, choose_device, choose_precision
+
+    config = cli.parse(SampleConfig, PROG, args)
+    check(config)
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    model, diffusion, info = load(config.run, device=device)
+    steps = config.steps or (min(50, diffusion.T) if config.sampler == "ddim" else None)
+    if steps is not None and steps > diffusion.T:
+        raise ValueError(
+            f"--steps {steps} is more than the {diffusion.T} steps that the model was trained with"
+        )
+    labels = choose_labels(config, model.config.get("num_classes"), info.get("classes", []))
+    size = model.config["image_size"]
+    parts, states = [], []
+    for start in range(0, config.n, config.batch):
+        count = min(config.batch, config.n - start)
+        wanted = 10 if config.strip is not None and start == 0 else 0
+        with autocast(device, precision):
+            images = sample(
+                model,
+                diffusion,
+                (count, model.config["in_channels"], size, size),
+                sampler=config.sampler,
+                steps=steps,
+                eta=config.eta,
+                seed=config.seed,
+                clip=config.clip,
+                y=None if labels is None else labels[start : start + count].to(device),
+                progress=True,
+                offset=start,
+                **({"trajectory": wanted} if wanted else {}),
+            )
+        if wanted:
+            images, states = images
+        parts.append(images.cpu())
+    plots.grid(torch.cat(parts), config.out)
+    print(f"{config.n} samples    {config.out}")
+    if states:
+        plots.strip([state[:8] for state in states], config.strip)
+        print(f"x_T … x_0     {config.strip}")
+
+
+def check(config: SampleConfig) -> None:
+    """Raises ValueError, one sentence, before anything is computed."""
+    for name in ("n", "batch"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(config, name)}")
+    if config.steps is not None and config.steps < 1:
+        raise ValueError(f"--steps must be at least 1, not {config.steps}")
+    if not 0 <= config.eta <= 1:
+        raise ValueError(f"--eta must lie in 0 … 1, not {config.eta}")
+    for name, path in (("out", config.out), ("strip", config.strip)):
+        if path is None:
+            continue
+        if path.suffix.lower() != ".png" or path.is_dir():
+            raise ValueError(f"--{name} {path}: give the name of a .png file")
+        parent = next(p for p in path.absolute().parents if p.exists())
+        if not parent.is_dir():
+            raise ValueError(f"--{name} {path}: {parent} is a file, not a folder")
+
+
+def choose_labels(config: SampleConfig, classes: int | None, names: Sequence[str]):
+    """y (n,) int64 for a class-conditional model, else None."""
+    if classes is None:
+        if config.label is not None:
+            raise ValueError(
+                "--label needs a class-conditional model; this one was trained without --classes"
+            )
+        return None
+    if config.label is None:
+        return torch.arange(config.n) % classes
+    if not 0 <= config.label < classes:
+        listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+        raise ValueError(f"--label {config.label} is none of the {classes} classes ({listed})")
+    return torch.full((config.n,), config.label)
+
+
+class _CallableModule(types.ModuleType):
+    """`engine.sample` is a function of the API and, as `python -m engine.sample`, this module.
+
+    Importing a submodule makes it an attribute of its package, over the function of that name: so
+    the module forwards calls.
+    """
+
+    def __call__(self, *args, **kwargs):
+        from .samplers import sample
+
+        return sample(*args, **kwargs)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(command))
+else:
+    sys.modules[__name__].__class__ = _CallableModule

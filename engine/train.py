@@ -1,0 +1,312 @@
+"""`python -m engine.train`: train a diffusion model, or go on with one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from . import cli
+
+PROG = "python -m engine.train"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a diffusion model.
+
+    The run's folder gets checkpoint.safetensors (weights, EMA, optimiser), metrics.jsonl, a
+    TensorBoard log, sample grids and, at the end, samples.png, strip.png and loss.png. Ctrl-C saves
+    and stops; --resume goes on.
+    """
+
+    dataset: str = "fashion-mnist"
+    """`fashion-mnist`, a folder of pictures, or a Hugging Face name (extra `datasets`)."""
+    out: Path | None = None
+    """Folder of the run; one that already holds a run is refused. None: runs/DATASET."""
+    resume: Path | None = None
+    """Folder of a run to go on with, under its saved configuration. --steps may be raised."""
+    data_dir: Path | None = None
+    """Folder with Fashion-MNIST's IDX files. None: Debian's dataset-fashion-mnist, or download."""
+    preset: str | None = None
+    """U-Net: `fashion-mnist` (small), `cifar10` (36 M parameters). None: by data set, or cifar10."""
+    width: int | None = None
+    """Base channels of the U-Net. None: the preset's."""
+    image_size: int | None = None
+    """Height and width, pixels; pictures are centre-cropped and resized. None: the preset's."""
+    channels: int | None = None
+    """1 grey, 3 RGB. None: 1 for fashion-mnist, else the preset's."""
+    classes: bool = False
+    """Class-conditional model. In a folder of pictures, the sub-folders are the classes."""
+    flip: bool = False
+    """Mirror half of the pictures, left to right."""
+
+    schedule: Literal["linear", "linear_unscaled", "cosine", "quadratic", "sigmoid"] = "cosine"
+    """Noise schedule β_t."""
+    timesteps: int = 1000
+    """T, diffusion steps."""
+    prediction: Literal["eps", "x0", "v"] = "v"
+    """The noise, the picture, or v = √ᾱ ε − √(1−ᾱ) x_0, which learns fastest."""
+    variance: Literal["small", "large"] = "small"
+    """σ² of the reverse process: β̃_t or β_t."""
+    loss: Literal["l1", "l2", "huber"] = "l2"
+    """Distance between prediction and target."""
+
+    steps: int | None = None
+    """Optimiser steps in all. None: 1300 for preset fashion-mnist, 100000 for cifar10."""
+    batch: int | None = None
+    """Pictures per optimiser step. None: 64, cifar10 128."""
+    accumulate: int = 1
+    """Pieces in which a batch is computed, to save memory; must divide --batch."""
+    lr: float | None = None
+    """Learning rate of AdamW after the warm-up. None: 0.002, cifar10 0.0002."""
+    warmup: int | None = None
+    """Steps over which the learning rate rises from 0. None: 100, cifar10 5000."""
+    decay: float | None = None
+    """Last fraction of --steps, over which the learning rate falls to 0. None: 0.6, cifar10 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, per step and unit of learning rate."""
+    clip: float = 1.0
+    """Largest norm of the gradient; longer ones are scaled down to it."""
+    ema: float | None = None
+    """Decay per step of the averaged weights that draw the samples. None: 0.995, cifar10 0.9999."""
+    seed: int = 0
+    """Of the initial weights, the order of the pictures, t and the noise."""
+
+    device: str | None = None
+    """`cpu`, `cuda`, `cuda:1` … None: cuda where there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the forward and backward pass. auto: bf16 where the device has arithmetic for it."""
+    log_every: int = 10
+    """Steps between two lines in metrics.jsonl and TensorBoard."""
+    save_every: int = 500
+    """Steps between two checkpoints; the end and Ctrl-C save in any case."""
+    sample_every: int = 500
+    """Steps between two grids of 16 samples; 0: none while training."""
+    samples: int = 64
+    """Samples in the final grid; 0: none."""
+    sample_steps: int = 100
+    """DDPM steps for all these samples, evenly spaced over T; at most T."""
+    tensorboard: bool = True
+    """Write a TensorBoard log, if tensorboard is installed."""
+
+
+# What None stands for. fashion-mnist: the best pictures that five minutes on two CPU cores gave.
+# cifar10: Ho et al. 2020, app. B, less long.
+RECIPES = {
+    "fashion-mnist": {
+        "steps": 1300,
+        "batch": 64,
+        "lr": 2e-3,
+        "warmup": 100,
+        "decay": 0.6,
+        "ema": 0.995,
+    },
+    "cifar10": {
+        "steps": 100_000,
+        "batch": 128,
+        "lr": 2e-4,
+        "warmup": 5000,
+        "decay": 0.0,
+        "ema": 0.9999,
+    },
+}
+
+# What --resume may change: how the run is carried out, not what it computes.
+RESUMABLE = {
+    *("out", "resume", "data_dir", "steps", "device", "precision", "log_every", "save_every"),
+    *("sample_every", "samples", "sample_steps", "tensorboard"),
+}
+
+
+def validate(config: TrainConfig) -> None:
+    """Raises ValueError, one sentence, for a number that makes no sense."""
+    positive = ("timesteps", "steps", "batch", "accumulate", "log_every", "save_every")
+    for name in (*positive, "sample_steps"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{option(name)} must be at least 1, not {getattr(config, name)}")
+    for name in ("warmup", "sample_every", "samples", "weight_decay"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{option(name)} must be 0 or more, not {getattr(config, name)}")
+    for name in ("lr", "clip"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{option(name)} must be positive, not {getattr(config, name)}")
+    for name in ("ema", "decay"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{option(name)} must lie in 0 … 1, not {getattr(config, name)}")
+    if not -(2**63) <= config.seed < 2**63:
+        raise ValueError(f"--seed must fit 64 bits, not {config.seed}")
+    if config.batch % config.accumulate:
+        raise ValueError(f"--accumulate {config.accumulate} does not divide --batch {config.batch}")
+
+
+def option(name: str) -> str:
+    """`save_every` → `--save-every`."""
+    return "--" + name.replace("_", "-")
+
+
+def train(config: TrainConfig) -> Path:
+    """Trains or resumes, draws the final pictures, and returns the run's folder.
+
+    Raises ValueError or OSError, one sentence, for bad input, before anything is written; Stopped
+    after a signal and Diverged when the loss stays NaN.
+    """
+    # Late, so that --help and a wrong option are answered without waiting for torch.
+    from . import checkpoint, data
+    from .trainer import Trainer, choose_device, describe
+
+    config = complete(config)
+    validate(config)
+    choose_device(config.device)
+    tensors, info = {}, None
+    if config.resume is not None:
+        file = checkpoint.find(config.resume)
+        folder = file.parent
+        tensors, info = checkpoint.read(file)
+        model, diffusion = checkpoint.build(tensors, info, "model", file)
+        size, channels = model.config["image_size"], model.config["in_channels"]
+    else:
+        folder = config.out or Path("runs") / Path(config.dataset).name
+        config = dataclasses.replace(config, out=folder)
+        if (folder / checkpoint.FILE).exists():
+            raise FileExistsError(
+                f"{folder} already holds a run: go on with --resume {folder}, or give another --out"
+            )
+        size, channels = picture_shape(config)
+    images = data.open_dataset(
+        config.dataset,
+        size=size,
+        channels=channels,
+        data_dir=config.data_dir,
+        labels=config.classes,
+    )
+    if info is None:
+        if config.classes and images.labels is None:
+            raise ValueError(f"--classes: {config.dataset} has no labels")
+        model = new_model(config, size, channels, len(images.classes) if config.classes else None)
+        diffusion = new_diffusion(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(config, model, diffusion, images, folder)
+    if info is not None:
+        trainer.restore(tensors, info)
+    tensors.clear()
+    trainer.say(
+        f"{describe(model, trainer.device, trainer.precision)}; "
+        f"{len(images)} images of {channels}×{size}×{size}"
+    )
+    if trainer.step < config.steps:
+        trainer.run()
+    else:
+        trainer.say(f"{folder} has its {trainer.step} steps; raise --steps to train on")
+    trainer.draw()
+    return folder
+
+
+def complete(config: TrainConfig) -> TrainConfig:
+    """The configuration with the preset's recipe in the place of every None."""
+    recipe = RECIPES.get(preset_name(config), RECIPES["cifar10"])
+    missing = {k: v for k, v in recipe.items() if getattr(config, k) is None}
+    return dataclasses.replace(config, **missing)
+
+
+def preset_name(config: TrainConfig) -> str:
+    if config.preset is not None:
+        return config.preset
+    return "fashion-mnist" if config.dataset == "fashion-mnist" else "cifar10"
+
+
+def picture_shape(config: TrainConfig) -> tuple[int, int]:
+    """Size and channels of the pictures to train on."""
+    from .unet import PRESETS
+
+    name = preset_name(config)
+    if name not in PRESETS:
+        raise ValueError(f"--preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
+    channels = 1 if config.dataset == "fashion-mnist" else PRESETS[name]["in_channels"]
+    size = PRESETS[name]["image_size"]
+    return (
+        size if config.image_size is None else config.image_size,
+        channels if config.channels is None else config.channels,
+    )
+
+
+def new_model(config: TrainConfig, size: int, channels: int, classes: int | None):
+    """The U-Net that the configuration describes; its weights depend on the seed alone."""
+    import torch
+
+    from .unet import UNet
+
+    if config.width is not None and config.width < 1:
+        raise ValueError(f"--width must be at least 1, not {config.width}")
+    width = {} if config.width is None else {"model_channels": config.width}
+    torch.manual_seed(config.seed)
+    return UNet.from_preset(
+        preset_name(config), image_size=size, in_channels=channels, num_classes=classes, **width
+    )
+
+
+def new_diffusion(config: TrainConfig):
+    from .diffusion import Diffusion
+    from .schedules import betas
+
+    return Diffusion(
+        betas(config.schedule, config.timesteps),
+        prediction=config.prediction,
+        variance=config.variance,
+        loss=config.loss,
+    )
+
+
+def saved_config(path: str | os.PathLike) -> TrainConfig:
+    """The configuration that a run was trained with, set to resume it."""
+    from . import checkpoint
+
+    file = checkpoint.find(path)
+    _, info = checkpoint.read(file, prefix="none.")
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    values = {k: v for k, v in info.get("train", {}).items() if k in known}
+    values["data_dir"] = Path(values["data_dir"]) if values.get("data_dir") else None
+    return TrainConfig(**{**values, "out": file.parent, "resume": Path(path)})
+
+
+def check_resume(config: TrainConfig, saved: TrainConfig) -> None:
+    """Raises ValueError when `config` asks for another computation than the saved run's."""
+    for field in dataclasses.fields(TrainConfig):
+        old, new = getattr(saved, field.name), getattr(config, field.name)
+        if field.name not in RESUMABLE and old != new:
+            raise ValueError(
+                f"{option(field.name)} cannot change on --resume: "
+                f"the run was started with {old}, not {new}"
+            )
+    if config.out.resolve() != saved.out.resolve():
+        raise ValueError(f"--resume goes on in {saved.out}: leave out --out {config.out}")
+
+
+def command(args: Sequence[str] | None) -> None:
+    config = cli.parse(TrainConfig, PROG, args)
+    if config.resume is not None:
+        # Read again with the run's own configuration as defaults: what differs now was typed.
+        saved = saved_config(config.resume)
+        config = cli.parse(TrainConfig, PROG, args, default=saved)
+        check_resume(config, saved)
+    folder = train(config)
+    if config.samples:
+        print(f"samples      {folder / 'samples.png'}")
+        print(f"x_T … x_0    {folder / 'strip.png'}")
+    print(f"loss         {folder / 'loss.png'}")
+    print("try next:")
+    print(f"  python -m engine.sample {folder} --sampler ddim --steps 50 --seed 7 --out grid.png")
+    print(f"  python -m engine.train --resume {folder} --steps {2 * complete(config).steps}")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return cli.main(command, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,399 @@
+"""The training loop: precision, EMA, guard against NaN, log, checkpoints, resume.
+
+Every random number of step s (pictures, mirror images, t, noise, dropout) is a function of
+(seed, s), so a run that was interrupted and resumed ends with the weights of one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import checkpoint, data
+from .cli import Failed
+
+if TYPE_CHECKING:
+    from .train import TrainConfig
+
+STREAK = 10  # steps in a row with a non-finite loss or gradient after which training gives up
+
+
+class Diverged(Failed):
+    """Training gave up after a streak of non-finite losses or gradients."""
+
+
+class Stopped(Failed):
+    """A signal ended the training; the checkpoint is written. `code` is the shell's for it."""
+
+
+# --- device and precision -----------------------------------------------------------------------
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is. Raises ValueError if it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name!r} is no device: give cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name!r} is not supported: give cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """bf16 for "auto" where the device has arithmetic for it; elsewhere fp32 is faster."""
+    if name != "auto":
+        return torch.bfloat16 if name == "bf16" else torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype):
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def describe(model, device: torch.device, precision: torch.dtype) -> str:
+    """Device, precision and the back ends that `auto` takes for the model's ops."""
+    from .dispatch import pick
+
+    dtype = str(precision).removeprefix("torch.")
+    if device.type == "cuda":
+        where = f"{device} ({torch.cuda.get_device_name(device)})"
+    else:
+        where = f"cpu ({torch.get_num_threads()} threads)"
+    x = torch.zeros(2, 32, 8, 8, device=device, dtype=precision)
+    x = x.to(memory_format=torch.channels_last)
+    heads = torch.zeros(2, 1, 64, 32, device=device, dtype=precision)
+    norm = pick("group_norm_silu", "auto", x, None, None, None, None, None, 8, 1e-5, True)
+    attention = pick("attention", "auto", heads, heads, heads, 0.2)
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    return (
+        f"{where}, {dtype}, U-Net of {count:.2f} M parameters; "
+        f"group_norm_silu: {norm}, attention: {attention}"
+    )
+
+
+# --- the loop -----------------------------------------------------------------------------------
+
+
+class Trainer:
+    """The state of a run and what moves it: `run()` trains up to config.steps."""
+
+    def __init__(self, config: TrainConfig, model, diffusion, images: data.Images, folder: Path):
+        """`model` is float32, in any layout; `restore` puts a checkpoint's state in."""
+        self.config, self.diffusion, self.images, self.folder = config, diffusion, images, folder
+        self.device = choose_device(config.device)
+        self.precision = choose_precision(config.precision, self.device)
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.parameters = dict(self.model.named_parameters())
+        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.step = 0  # optimiser steps done
+        self.skipped = 0  # of them, steps that the guard left out
+        self.streak = 0
+
+    # -- one step
+
+    def learning_rate(self, step: int) -> float:
+        c = self.config
+        rate = c.lr * min(1.0, (step + 1) / max(1, c.warmup))
+        last = c.decay * c.steps
+        if last and step > c.steps - last:
+            rate *= 0.5 * (1 + math.cos(math.pi * (step - (c.steps - last)) / last))
+        return rate
+
+    def loss(self, x0: Tensor, y: Tensor | None, index: int) -> Tensor:
+        """The loss of micro-batch `index`; t, noise and dropout follow from (seed, index)."""
+        from .ops import TRAINING_NOISE, noise
+
+        seed, n = self.config.seed, len(x0)
+        t = torch.randint(self.diffusion.T, (n,), generator=data.generator(seed, 2, index))
+        torch.manual_seed(data.generator(seed, 3, index).initial_seed())  # dropout
+        z = noise(seed, index, TRAINING_NOISE, x0.shape, device=self.device)
+        z = z.to(memory_format=torch.channels_last)
+        with autocast(self.device, self.precision):
+            return self.diffusion.loss(self.model, x0, t=t.to(self.device), noise=z, y=y)
+
+    def train_step(self, x: Tensor, y: Tensor | None) -> dict[str, float]:
+        """One optimiser step on a batch x (B, C, H, W) float32 → the row for the log."""
+        c = self.config
+        rate = self.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        x = x.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        y = y.to(self.device) if y is not None and c.classes else None
+        total = torch.zeros((), device=self.device)
+        micro = c.batch // c.accumulate
+        for k in range(c.accumulate):
+            piece = slice(k * micro, (k + 1) * micro)
+            labels = None if y is None else y[piece]
+            loss = self.loss(x[piece], labels, self.step * c.accumulate + k) / c.accumulate
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), c.clip)
+        # The step's one wait for the device.
+        loss_value, norm_value = torch.stack([total, norm]).tolist()
+        self.guard(loss_value, norm_value)
+        if self.streak == 0:
+            self.optimizer.step()
+            self.update_ema()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return {"loss": loss_value, "grad_norm": norm_value, "lr": rate, "skipped": self.skipped}
+
+    def guard(self, loss: float, norm: float) -> None:
+        """Counts steps whose loss or gradient is not finite; gives up after a streak of them."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.streak = 0
+            return
+        self.streak += 1
+        self.skipped += 1
+        self.say(f"step {self.step + 1}: loss {loss:g}, gradient norm {norm:g}: step skipped")
+        if self.streak >= STREAK:
+            raise Diverged(
+                f"{STREAK} steps in a row (up to step {self.step + 1}) had a non-finite loss or "
+                f"gradient; try a lower --lr (now {self.config.lr:g}), a longer --warmup (now "
+                f"{self.config.warmup}) or --precision fp32; the last weights saved are in "
+                f"{self.folder / checkpoint.FILE}"
+            )
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        done = self.step - self.skipped
+        # Early on a shorter memory, so that the first weights are forgotten in short runs too.
+        decay = min(self.config.ema, (1 + done) / (10 + done))
+        torch._foreach_lerp_(list(self.ema.values()), list(self.parameters.values()), 1 - decay)
+
+    # -- checkpoints
+
+    def save(self) -> None:
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
+        tensors["diffusion.betas"] = self.diffusion.betas
+        for name, p in self.parameters.items():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        c = self.config
+        info = {
+            "model": self.model.config,
+            "diffusion": {"prediction": c.prediction, "variance": c.variance, "loss": c.loss},
+            "train": {k: str(v) if isinstance(v, Path) else v for k, v in vars(c).items()},
+            "classes": list(self.images.classes) if c.classes else [],
+            "step": self.step,
+            "skipped": self.skipped,
+        }
+        checkpoint.save(self.folder / checkpoint.FILE, tensors, info)
+
+    def restore(self, tensors: dict[str, Tensor], info: dict) -> None:
+        """Puts a checkpoint's EMA, optimiser and counters in; the model has its weights already."""
+        averages = checkpoint.part(tensors, "ema.")
+        for name, p in self.parameters.items():
+            self.ema[name].copy_(averages[name])
+            state = {}
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                saved = tensors.get(f"optimizer.{key}.{name}")
+                if saved is not None:  # "step" is a scalar, the moments have p's layout
+                    like = saved if key == "step" else torch.empty_like(p).copy_(saved)
+                    state[key] = like.to(self.device)
+            if state:
+                self.optimizer.state[p] = state
+        self.step, self.skipped = info["step"], info["skipped"]
+
+    # -- pictures
+
+    def sample(self, n: int, **options):
+        """n samples of the EMA weights."""
+        from .samplers import sample
+
+        config = self.model.config
+        shape = (n, config["in_channels"], config["image_size"], config["image_size"])
+        classes = config.get("num_classes")
+        y = torch.arange(n, device=self.device) % classes if classes else None
+        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.model.eval()
+        self.copy_weights(self.ema)
+        try:
+            with autocast(self.device, self.precision):
+                return sample(
+                    self.model,
+                    self.diffusion,
+                    shape,
+                    # Few training steps: ddpm's fresh noise mends what ddim would carry along.
+                    sampler="ddpm",
+                    steps=min(self.config.sample_steps, self.diffusion.T),
+                    seed=self.config.seed,
+                    y=y,
+                    **options,
+                )
+        finally:
+            self.copy_weights(trained)
+
+    @torch.no_grad()
+    def copy_weights(self, source: dict[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(source[name])
+
+    def draw(self) -> None:
+        """The final pictures: samples.png, strip.png, loss.png."""
+        from . import plots
+
+        if self.config.samples:
+            self.say(f"drawing {self.config.samples} samples …")
+            images, states = self.sample(self.config.samples, trajectory=10)
+            plots.grid(images, self.folder / "samples.png")
+            plots.strip([state[:8] for state in states], self.folder / "strip.png")
+        plots.loss_curve(self.folder)
+
+    # -- the run
+
+    def say(self, text: str) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+
+    def run(self) -> None:
+        """Trains up to config.steps; logs, draws and saves. Raises Stopped on SIGINT or SIGTERM."""
+        from tqdm import tqdm
+
+        from . import plots
+
+        c = self.config
+        with Signals() as signals, Log(self.folder, self.step, c.tensorboard) as log:
+            if not (self.folder / checkpoint.FILE).exists():
+                self.save()  # from here on the folder is taken, and --resume works
+            stream = data.batches(self.images, c.batch, seed=c.seed, flip=c.flip, start=self.step)
+            progress = tqdm(total=c.steps, initial=self.step, unit="step", dynamic_ncols=True)
+            smooth, start, seen = 0.0, time.perf_counter(), 0
+            try:
+                while self.step < c.steps:
+                    row = self.train_step(*next(stream))
+                    seen += c.batch
+                    rate = seen / (time.perf_counter() - start)
+                    if math.isfinite(row["loss"]):
+                        smooth += (row["loss"] - smooth) * (0.02 if smooth else 1)
+                    progress.update()
+                    progress.set_postfix_str(f"loss {smooth:.4f}, {rate:.0f} images/s", False)
+                    if self.step % c.log_every == 0 or self.step == c.steps or self.streak:
+                        log.write(self.step, row | {"images_per_second": round(rate, 1)})
+                    if signals.caught:
+                        self.save()
+                        name = signal.Signals(signals.caught).name
+                        raise Stopped(
+                            f"{name}: stopped and saved at step {self.step} of {c.steps}; "
+                            f"go on with: python -m engine.train --resume {self.folder}",
+                            128 + signals.caught,
+                        )
+                    if self.step % c.save_every == 0 or self.step == c.steps:
+                        self.save()
+                    if c.sample_every and self.step % c.sample_every == 0 and self.step < c.steps:
+                        path = self.folder / "samples" / f"step_{self.step:06d}.png"
+                        plots.grid(self.sample(16), path)
+                        log.image(self.step, path)
+            finally:
+                progress.close()
+                stream.close()
+
+
+class Signals:
+    """Notes SIGINT and SIGTERM, so that a step is never cut in two; a second one ends at once."""
+
+    caught = 0
+
+    def __enter__(self) -> Signals:
+        self.before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.before[number] = signal.signal(number, self.note)
+            except ValueError:  # not the main thread: its owner handles signals
+                return self
+        return self
+
+    def note(self, number, frame) -> None:
+        self.caught = number
+        for each, handler in self.before.items():
+            signal.signal(each, handler)
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """metrics.jsonl, one JSON object per line, and TensorBoard where it is installed."""
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool):
+        path = folder / "metrics.jsonl"
+        if step and path.exists():  # lines from after the checkpoint would come twice
+            rows = [row for row in read_metrics(folder) if row["step"] <= step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            os.replace(temporary, path)
+        self.file = open(path, "a" if step else "w", buffering=1)  # noqa: SIM115  # __exit__ closes
+        self.board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            except ImportError:
+                print("no TensorBoard log: tensorboard is not installed", file=sys.stderr)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        # JSON has no NaN: a loss that is not finite is null.
+        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")
+        for name, value in row.items() if self.board else ():
+            self.board.add_scalar(name, value, step)
+
+    def image(self, step: int, path: Path) -> None:
+        if self.board:
+            import numpy as np
+            from PIL import Image
+
+            with Image.open(path) as picture:
+                self.board.add_image(
+                    "samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC"
+                )
+
+    def __exit__(self, *exception) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+
+def read_metrics(folder: str | os.PathLike) -> list[dict]:
+    """The rows of a run's metrics.jsonl; a last line that a crash cut short is left out."""
+    rows = []
+    if not (Path(folder) / "metrics.jsonl").exists():
+        return rows
+    for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

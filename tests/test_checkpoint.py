@@ -1,0 +1,129 @@
+"""One file, atomic, no pickle; whatever is wrong with it is said in one sentence."""
+
+import json
+import os
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import engine
+from engine import checkpoint
+
+SMALL = {
+    "image_size": 8,
+    "in_channels": 1,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "num_groups": 4,
+}
+
+
+def content(value: float = 0.0):
+    model = engine.UNet(**SMALL)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(value)
+    weights = model.state_dict()
+    tensors = {f"{part}.{k}": v.clone() for part in ("model", "ema") for k, v in weights.items()}
+    tensors["diffusion.betas"] = engine.schedules.betas("cosine", 10)
+    info = {
+        "model": model.config,
+        "diffusion": {"prediction": "v", "variance": "large", "loss": "huber"},
+        "train": {},
+        "classes": [],
+        "step": 3,
+        "skipped": 0,
+    }
+    return tensors, info
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / checkpoint.FILE
+    checkpoint.save(path, *content(0.5))
+    return path
+
+
+def test_load_gives_back_what_was_saved(file):
+    for path in (file, file.parent, str(file)):
+        model, diffusion, config = engine.load(path)
+        assert not model.training and config["step"] == 3
+        assert all(bool((p == 0.5).all()) for p in model.parameters())
+        assert (diffusion.T, diffusion.prediction, diffusion.variance) == (10, "v", "large")
+        assert torch.equal(diffusion.betas, engine.schedules.betas("cosine", 10))
+    images = engine.sample(model, diffusion, (2, 1, 8, 8))
+    assert images.shape == (2, 1, 8, 8)
+
+
+def test_metadata_is_json_and_mode_follows_umask(file):
+    with open(file, "rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    assert json.loads(header["__metadata__"][checkpoint.KEY])["format"] == checkpoint.FORMAT
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("crash", ["safetensors.torch.save_file", "os.fsync", "os.replace"])
+def test_crash_while_writing_leaves_the_previous_one(file, monkeypatch, crash):
+    def fail(*args, **kwargs):
+        if crash.endswith("save_file"):  # half of the bytes are on the disk
+            args[1].write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(crash, fail)
+        checkpoint.save(file, *content(0.75))
+    assert [f.name for f in file.parent.iterdir()] == [checkpoint.FILE]
+    assert all(bool((p == 0.5).all()) for p in engine.load(file)[0].parameters())
+    # A kill leaves its temporary file behind; the next save takes its place.
+    file.with_name(file.name + ".tmp").write_bytes(b"half")
+    checkpoint.save(file, *content(0.75))
+    assert [f.name for f in file.parent.iterdir()] == [checkpoint.FILE]
+    assert all(bool((p == 0.75).all()) for p in engine.load(file)[0].parameters())
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
+def test_truncated_file(file, keep):
+    raw = file.read_bytes()
+    file.write_bytes(raw[: int(keep * len(raw)) if isinstance(keep, float) else keep])
+    with pytest.raises(ValueError, match="is not a readable checkpoint") as error:
+        engine.load(file)
+    assert str(file) in str(error.value)
+
+
+def rewrite(file, **changes):
+    tensors = load_file(file)
+    info = content()[1] | {"format": checkpoint.FORMAT} | changes
+    save_file(tensors, file, {checkpoint.KEY: json.dumps(info)})
+
+
+def test_files_of_others(file, tmp_path):
+    rewrite(file, format=99)
+    with pytest.raises(ValueError, match="has checkpoint format 99, this engine reads format 1"):
+        engine.load(file)
+    rewrite(file, model=SMALL | {"model_channels": 16})
+    with pytest.raises(
+        ValueError, match=r"does not describe a model of this engine.*size mismatch"
+    ):
+        engine.load(file)
+    rewrite(file, model={"image_size": 8, "colour": "red"})
+    with pytest.raises(ValueError, match="does not describe a model"):
+        engine.load(file)
+    rewrite(file, diffusion={"prediction": "soul"})
+    with pytest.raises(ValueError, match="prediction"):
+        engine.load(file)
+    save_file({"weight": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="not a checkpoint of this engine"):
+        engine.load(file)
+    torch.save({"weight": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="is not a readable checkpoint"):
+        engine.load(file)
+    with pytest.raises(ValueError, match="the folder has no checkpoint"):
+        (tmp_path / "empty").mkdir()
+        engine.load(tmp_path / "empty")
+    with pytest.raises(ValueError, match="there is no such file or folder"):
+        engine.load(tmp_path / "nowhere")

@@ -1,0 +1,257 @@
+"""The loop: it learns, resumes exactly, survives NaN and signals, and leaves its files."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import engine
+from engine import checkpoint, data, unet
+from engine import train as command
+from engine.train import TrainConfig, train
+from engine.trainer import STREAK, Diverged, Stopped, Trainer
+
+TINY = {
+    "image_size": 8,
+    "in_channels": 1,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "num_groups": 4,
+    "dropout": 0.2,  # its random numbers must resume too
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Pictures in two class folders, and U-Nets small enough for tests."""
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        path = tmp_path / "pictures" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8)).astype(np.uint8)).save(path)
+    monkeypatch.setitem(unet.PRESETS, "cifar10", TINY)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine, threads that wait for each other take ages
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def config(folder, **changes) -> TrainConfig:
+    values = {
+        "dataset": str(folder / "pictures"),
+        "out": folder / "run",
+        "timesteps": 20,
+        "steps": 6,
+        "batch": 4,
+        "lr": 1e-3,
+        "warmup": 2,
+        "decay": 0.0,
+        "ema": 0.999,
+        "log_every": 1,
+        "save_every": 100,
+        "sample_every": 0,
+        "samples": 0,
+        "sample_steps": 2,
+        "device": "cpu",
+        "tensorboard": False,
+        "flip": True,
+    }
+    return TrainConfig(**{**values, **changes})
+
+
+def resumed(run, **changes) -> TrainConfig:
+    return dataclasses.replace(command.saved_config(run), **changes)
+
+
+def rows_of(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run) -> dict:
+    return checkpoint.read(run)[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resume_continues_exactly(folder, precision, accumulate):
+    options = {"precision": precision, "accumulate": accumulate, "steps": 20}
+    whole = weights(train(config(folder, out=folder / "whole", **options)))
+    halves = folder / "halves"
+    train(config(folder, out=halves, **{**options, "steps": 10}))
+    train(resumed(halves, steps=20))
+    assert checkpoint.read(halves)[1]["step"] == 20
+    mine = weights(halves)
+    assert mine.keys() == whole.keys()
+    assert any(k.startswith("optimizer.exp_avg.") for k in mine)
+    different = [k for k in whole if not torch.equal(whole[k], mine[k])]
+    assert different == []
+    assert [row["step"] for row in rows_of(halves)] == list(range(1, 21))
+
+
+def test_accumulation_is_the_mean_over_the_batch(folder, monkeypatch):
+    """With the same t, noise and no dropout, pieces give the gradient of the whole batch."""
+    images = data.open_dataset(str(folder / "pictures"), size=8)
+    gradients = []
+    for accumulate in (1, 4):
+        torch.manual_seed(0)
+        model = engine.UNet(**{**TINY, "dropout": 0.0})
+        c = config(folder, accumulate=accumulate, precision="fp32", lr=1e-9)
+        trainer = Trainer(c, model, command.new_diffusion(c), images, folder)
+        fixed = lambda x0, y, index, t=trainer: t.diffusion.loss(  # noqa: E731
+            t.model, x0, t=torch.full((len(x0),), 7), noise=x0.flip(3)
+        )
+        monkeypatch.setattr(trainer, "loss", fixed)
+        row = trainer.train_step(*data.batch(images, 0, 4, seed=0))
+        gradients.append(row["grad_norm"])
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-5)
+
+
+def test_learns_and_ema_follows(folder):
+    run = train(config(folder, steps=80, batch=16, lr=5e-3, samples=4, sample_every=50))
+    rows = rows_of(run)
+    first = np.mean([row["loss"] for row in rows[:10]])
+    last = np.mean([row["loss"] for row in rows[-10:]])
+    assert last < 0.7 * first
+    assert rows[0]["lr"] == pytest.approx(2.5e-3) and rows[-1]["lr"] == pytest.approx(5e-3)
+    tensors = weights(run)
+    name = "conv_in.weight"
+    assert not torch.equal(tensors[f"ema.{name}"], tensors[f"model.{name}"])
+    assert torch.allclose(tensors[f"ema.{name}"], tensors[f"model.{name}"], atol=0.1)
+    made = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
+    assert made == {
+        *("checkpoint.safetensors", "metrics.jsonl", "samples/step_000050.png"),
+        *("samples.png", "strip.png", "loss.png"),
+    }
+
+
+def test_ema_is_the_average_that_its_equation_says(folder):
+    images = data.open_dataset(str(folder / "pictures"), size=8)
+    c = config(folder, ema=0.3)
+    trainer = Trainer(c, engine.UNet(**TINY), command.new_diffusion(c), images, folder)
+    name = "conv_out.weight"
+    expected = trainer.parameters[name].detach().clone()
+    for step in range(6):
+        trainer.train_step(*data.batch(images, step, 4, seed=0))
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * trainer.parameters[name].detach()
+    torch.testing.assert_close(trainer.ema[name], expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_steps_with_nan_are_skipped_and_counted(folder, monkeypatch, capsys, bad):
+    real = Trainer.loss
+
+    def loss(self, x0, y, index):
+        return real(self, x0, y, index) * (bad if index in (2, 3) else 1.0)
+
+    monkeypatch.setattr(Trainer, "loss", loss)
+    run = train(config(folder, steps=6))
+    rows = rows_of(run)
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 2, 2, 2]
+    assert rows[2]["loss"] is None and rows[5]["loss"] > 0
+    assert "step 3: loss" in capsys.readouterr().err
+    tensors, info = checkpoint.read(run)
+    assert info["skipped"] == 2 and info["step"] == 6
+    assert all(bool(t.isfinite().all()) for t in tensors.values())
+    steps = {float(t) for k, t in tensors.items() if k.startswith("optimizer.step.")}
+    assert steps == {4.0}
+
+
+def test_a_skipped_step_changes_nothing(folder):
+    images = data.open_dataset(str(folder / "pictures"), size=8)
+    c = config(folder)
+    trainer = Trainer(c, engine.UNet(**TINY), command.new_diffusion(c), images, folder)
+    x, y = data.batch(images, 0, 4, seed=0)
+    trainer.train_step(x, y)
+    before = {k: p.detach().clone() for k, p in trainer.parameters.items()}
+    averages = {k: p.clone() for k, p in trainer.ema.items()}
+    trainer.train_step(x * math.nan, y)
+    assert all(torch.equal(before[k], p) for k, p in trainer.parameters.items())
+    assert all(torch.equal(averages[k], p) for k, p in trainer.ema.items())
+    assert trainer.skipped == 1 and trainer.streak == 1 and trainer.step == 2
+
+
+def test_a_streak_of_nan_ends_with_advice(folder, monkeypatch):
+    real = Trainer.loss
+
+    def loss(self, x0, y, index):
+        return real(self, x0, y, index) * (math.nan if index >= 4 else 1.0)
+
+    monkeypatch.setattr(Trainer, "loss", loss)
+    with pytest.raises(Diverged, match=r"--lr \(now 0.001\)") as error:
+        train(config(folder, steps=100, save_every=2))
+    assert f"{STREAK} steps in a row" in str(error.value) and error.value.code == 1
+    tensors, info = checkpoint.read(folder / "run")
+    assert info["step"] <= 4 + STREAK and all(bool(t.isfinite().all()) for t in tensors.values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops(folder, monkeypatch, number):
+    assert threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(number)
+    real = Trainer.train_step
+
+    def train_step(self, x, y):
+        if self.step == 3:
+            os.kill(os.getpid(), number)
+        return real(self, x, y)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    with pytest.raises(Stopped, match=r"saved at step 4 of 6.*--resume") as stopped:
+        train(config(folder))
+    assert stopped.value.code == 128 + number and signal.getsignal(number) == before
+    assert checkpoint.read(folder / "run")[1]["step"] == 4
+    monkeypatch.setattr(Trainer, "train_step", real)
+    train(resumed(folder / "run"))
+    straight = train(config(folder, out=folder / "straight"))
+    mine = weights(folder / "run")
+    assert all(torch.equal(mine[k], v) for k, v in weights(straight).items())
+
+
+def test_a_killed_run_resumes_from_its_checkpoint(folder, monkeypatch):
+    """Rows after the checkpoint do not come twice; even a run without a step done can resume."""
+    real = Trainer.train_step
+
+    def train_step(self, x, y):
+        if self.step == 5:
+            raise RuntimeError("the machine went down")
+        return real(self, x, y)
+
+    for save_every, saved in ((4, 4), (100, 0)):
+        run = folder / f"run{saved}"
+        monkeypatch.setattr(Trainer, "train_step", train_step)
+        with pytest.raises(RuntimeError, match="went down"):
+            train(config(folder, out=run, save_every=save_every))
+        assert checkpoint.read(run)[1]["step"] == saved
+        monkeypatch.setattr(Trainer, "train_step", real)
+        train(resumed(run))
+        assert [row["step"] for row in rows_of(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_class_conditional_run(folder):
+    run = train(config(folder, classes=True, samples=4))
+    model, _, info = engine.load(run)
+    assert model.config["num_classes"] == 2 and info["classes"] == ["a", "b"]
+
+
+def test_learning_rate_warms_up_and_decays(folder):
+    images = data.open_dataset(str(folder / "pictures"), size=8)
+    c = config(folder, steps=100, warmup=10, lr=1.0, decay=0.5)
+    trainer = Trainer(c, engine.UNet(**TINY), command.new_diffusion(c), images, folder)
+    rates = [trainer.learning_rate(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert set(rates[10:51]) == {1.0} and rates[75] == pytest.approx(0.5) and rates[99] < 0.01
+
+
+def test_tensorboard_log(folder):
+    pytest.importorskip("tensorboard")
+    run = train(config(folder, tensorboard=True, sample_every=3))
+    assert list((run / "tensorboard").glob("events.*"))
