@@ -1,4 +1,4 @@
-"""Tables from benchmarks/results/*.json: `python benchmarks/report.py` writes RESULTS.md and README's table.
+"""Tables from benchmarks/results/*.json: writes RESULTS.md and README's table.
 
 README shows the headline rows between its two markers; RESULTS.md shows every row, losses included.
 """

@@ -188,8 +188,8 @@ const int64_t* scalar_int64(const Tensor& t, const Tensor& x, const char* name) 
 Tensor allocate(const Tensor& like, const int64_t* sizes, int64_t dim, ScalarType type) {
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes, dim, &dtype, nullptr,
-                                                          nullptr, 0, nullptr, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes, dim, &dtype, nullptr, nullptr,
+                                                   0, nullptr, &handle));
   return Tensor(handle);
 }
 

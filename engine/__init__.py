@@ -5,8 +5,8 @@ import os
 
 __version__ = "0.1.0"
 
-# In the source tree the kernels lie beside this package, in ./kernels; an installed package has them
-# inside. They are never a top-level `kernels`: that name belongs to Hugging Face's package.
+# The source tree has the kernels beside this package, in ./kernels; an installed package, inside.
+# They are never a top-level `kernels`: that name belongs to Hugging Face's package.
 if not os.path.isdir(os.path.join(__path__[0], "kernels")):
     __path__.append(os.path.dirname(os.path.abspath(__path__[0])))
 

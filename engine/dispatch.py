@@ -19,7 +19,7 @@ ORDER = {
 
 # What is known of a path beyond "it serves": printed by explain.
 EVIDENCE = {
-    ("native", "cuda"): "emulated on a CPU, compiled for sm_80, sm_90, sm_100; not yet run on a GPU",
+    ("native", "cuda"): "emulated, compiled for sm_80, sm_90, sm_100; not yet run on a GPU",
     ("triton", "cuda"): "interpreted, compiled for sm_80, sm_90, sm_100; not yet run on a GPU",
     ("triton", "cpu"): "the interpreter: for tests, thousands of times slower than native",
 }

@@ -1,8 +1,8 @@
 """The front door to the kernels: validation, choice of back end, one autograd.Function per op.
 
-Every op takes `impl`: "auto" (ENGINE_BACKEND, else the first back end that does not refuse), "eager",
-"native" or "triton". Inputs in contiguous or channels_last layout are read in place; any other view
-is copied once to contiguous for native and triton, and `explain` says so.
+Every op takes `impl`: "auto" (ENGINE_BACKEND, else the first back end that does not refuse),
+"eager", "native" or "triton". Inputs in contiguous or channels_last layout are read in place; any
+other view is copied once to contiguous for native and triton, and `explain` says so.
 """
 
 import math
@@ -38,7 +38,8 @@ def group_norm_silu(
     scale and shift may have another dtype than x. float64 is served by eager alone.
     Raises ValueError for shapes, dtypes or devices that do not fit, BackendError (RuntimeError)
     when an explicit impl cannot serve.
-    Sources: Wu & He 2018, eq. 1–3; Ho et al. 2020, app. B (add); Dhariwal & Nichol 2021, §3 (AdaGN).
+    Sources: Wu & He 2018, eq. 1–3; Ho et al. 2020, app. B (add); Dhariwal & Nichol 2021, §3
+    (AdaGN).
     """
     _check_group_norm_silu(x, weight, bias, num_groups, eps, add, scale, shift, activation)
     silu = activation == "silu"
@@ -77,9 +78,7 @@ class _GroupNormSilu(torch.autograd.Function):
         saved = ctx.saved_tensors
         dx, *small = bwd(_dense(dy), *saved, ctx.num_groups, ctx.silu)
         operands = saved[1:6]
-        small = [
-            None if t is None else d.to(t.dtype) for t, d in zip(operands, small, strict=True)
-        ]
+        small = [None if t is None else d.to(t.dtype) for t, d in zip(operands, small, strict=True)]
         return None, dx, *small, None, None, None
 
 
@@ -147,8 +146,8 @@ def reverse_step(
     number offset + i of (key, step, stream 0) for element i (`noise`); it is not drawn where s = 0.
     Exactly one of key and noise must be given. NaN in model_out stays NaN. Returns x's dtype and
     layout; float32 inside. A step tensor outside the table gives NaN, since reading it back would
-    stall a GPU. Raises ValueError for arguments that do not fit, BackendError (RuntimeError) when an
-    explicit impl cannot serve; only eager has a gradient.
+    stall a GPU. Raises ValueError for arguments that do not fit, BackendError (RuntimeError) when
+    an explicit impl cannot serve; only eager has a gradient.
     """
     _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset)
     args = _reverse_step_args(x, model_out, coeffs, step, key, noise, clip, offset)
@@ -175,12 +174,13 @@ def noise(
     offset: int = 0,
     impl: str = "auto",
 ) -> Tensor:
-    """Standard normals: element i is number offset + i of (seed, step, stream), on every back end the
-    same bits (Philox4x32-10, Salmon et al. 2011; Box & Muller 1958), |z| < 5.77.
+    """Standard normals: element i is number offset + i of (seed, step, stream).
 
-    seed: int64; step: 0 … 2³²−1 (each an int or an int64 tensor of one element on `device`); stream:
-    0 step noise, 1 initial noise, 2 training noise, others free. Returns `shape`, contiguous, drawn
-    in float32 and rounded to dtype (float32, bfloat16 or float16). Raises ValueError otherwise.
+    The same bits on every back end (Philox4x32-10, Salmon et al. 2011; Box & Muller 1958),
+    |z| < 5.77. seed: int64; step: 0 … 2³²−1; each an int or an int64 tensor of one element on
+    `device`. stream: 0 step noise, 1 initial noise, 2 training noise, others free. Returns `shape`,
+    contiguous, drawn in float32 and rounded to dtype (float32, bfloat16 or float16). Raises
+    ValueError otherwise.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"noise: dtype is {dtype}, expected float32, bfloat16 or float16")
@@ -200,16 +200,16 @@ def noise(
 
 
 def explain(op: str, *args, **kwargs) -> None:
-    """Prints which back ends would serve ops.<op>(*args, **kwargs), which one `auto` takes, and why."""
+    """Prints which back ends would serve ops.<op>(*args, **kwargs), and which one `auto` takes."""
     prepare = {
         "group_norm_silu": _explain_group_norm_silu,
-        "attention": lambda q, k, v, scale=None: (q, k, v, scale),
+        "attention": lambda q, k, v, scale=None: (q, k, v, 1.0 if scale is None else scale),
         "reverse_step": lambda x, out, coeffs, step, key=None, noise=None, clip=1.0, offset=0: (
             _reverse_step_args(x, out, coeffs, step, key, noise, clip, offset)
         ),
         "noise": lambda seed, step, stream, shape, device="cpu", dtype=torch.float32, offset=0: (
             torch.empty(shape, dtype=dtype, device=device),
-            *(_scalar("seed or step", v, torch.device(device), -(2**63), 2**63) for v in (seed, step)),
+            *(torch.as_tensor(value, device=device) for value in (seed, step)),
             stream,
             offset,
         ),
@@ -286,7 +286,7 @@ def _check_group_norm_silu(x, weight, bias, num_groups, eps, add, scale, shift, 
     n, c = x.shape[:2]
     if num_groups < 1 or c % num_groups:
         raise ValueError(
-            f"group_norm_silu: {c} channels cannot be split into num_groups={num_groups} equal groups"
+            f"group_norm_silu: {c} channels cannot be split into num_groups={num_groups} groups"
         )
     if activation not in ("silu", "none"):
         raise ValueError(
@@ -334,7 +334,9 @@ def _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset) ->
                 f"expected {tuple(x.shape)}, floating point, on {x.device} like x"
             )
     if x.dim() < 2 or not x.is_floating_point():
-        raise ValueError(f"reverse_step: x is {tuple(x.shape)} {x.dtype}, expected (N, C, *S) float")
+        raise ValueError(
+            f"reverse_step: x is {tuple(x.shape)} {x.dtype}, expected (N, C, *S) float"
+        )
     if coeffs.dim() != 2 or coeffs.shape[1] != 5 or coeffs.dtype != torch.float32:
         raise ValueError(
             f"reverse_step: coeffs is {tuple(coeffs.shape)} {coeffs.dtype}, "
@@ -345,6 +347,8 @@ def _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset) ->
     if (key is None) == (noise is None):
         raise ValueError("reverse_step: give exactly one of key (a seed) and noise (a tensor)")
     if clip is not None and not clip > 0:
-        raise ValueError(f"reverse_step: clip is {clip}, expected clip > 0, or None for no clipping")
+        raise ValueError(
+            f"reverse_step: clip is {clip}, expected clip > 0, or None for no clipping"
+        )
     if offset < 0:
         raise ValueError(f"reverse_step: offset is {offset}, expected offset >= 0")

@@ -60,7 +60,7 @@ def loss_curve(run: str | os.PathLike, path: str | os.PathLike | None = None) ->
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from .trainer import read_metrics
+    from .metrics import read_metrics
 
     rows = [row for row in read_metrics(run) if row.get("loss") is not None]
     path = Path(run) / "loss.png" if path is None else Path(path)

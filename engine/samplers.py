@@ -1,4 +1,4 @@
-"""Samplers as rows of coefficients and one loop: x_T → x_0, one network call and one fused step each.
+"""Samplers as rows of coefficients and one loop: a network call and a fused step, T times.
 
 Every sampler here is linear in (x̂_0, x_t, z): x_next = c·x̂_0 + d·x_t + s·z with
 x̂_0 = clip(a·x_t + b·model_out); a row (a, b, c, d, s) per step is all that the kernel needs.

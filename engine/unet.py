@@ -4,7 +4,7 @@
                      └─────────┴── skip connections ──┴────────┘
     t ─ time_embed ─► every ResBlock
 
-Images are (N, C, H, W) in channels_last memory throughout; every norm and attention is an op of ours.
+Images are (N, C, H, W) in channels_last memory throughout; norms and attention are our ops.
 """
 
 import math
@@ -50,13 +50,13 @@ class UNet(nn.Module):
     channel_mult           width of each level in units of model_channels
     attention_resolutions  levels, named by their H, that have self-attention after each ResBlock
     head_channels          channels per head; None: num_heads heads whatever the width
-    conditioning           "add": h + W·temb before the second norm (DDPM); "scale_shift": AdaGN (ADM)
-    resample               "conv": strided and nearest + conv (DDPM); "biggan": inside ResBlocks (ADM)
+    conditioning           "add": h + W·temb before the second norm (DDPM); "scale_shift": AdaGN
+    resample               "conv": strided, and nearest + conv (DDPM); "biggan": in ResBlocks (ADM)
     num_classes            a learned embedding per class is added to temb; None: unconditional
     embedding              order of the sinusoids: "cos_sin" (ADM) or "sin_cos" (DDPM)
     asymmetric_padding     strided convolutions pad right and below only (DDPM)
 
-    Raises ValueError for options that do not fit each other, and for inputs that do not fit the model.
+    Raises ValueError for options that do not fit each other, and for inputs that do not fit.
     """
 
     def __init__(
@@ -82,9 +82,7 @@ class UNet(nn.Module):
     ) -> None:
         self_arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.config = {
-            k: list(v) if isinstance(v, tuple) else v for k, v in self_arguments.items()
-        }
+        self.config = {k: list(v) if isinstance(v, tuple) else v for k, v in self_arguments.items()}
         widths = [int(mult * model_channels) for mult in channel_mult]
         self._check(widths)
         temb_channels = 4 * model_channels
@@ -203,12 +201,19 @@ class UNet(nn.Module):
                 )
             heads_of = c["head_channels"] or c["num_heads"]
             if c["attention_resolutions"] and width % heads_of:
-                raise ValueError(f"a level of {width} channels cannot be split by heads of {heads_of}")
+                raise ValueError(
+                    f"a level of {width} channels cannot be split by heads of {heads_of}"
+                )
 
     def _check_input(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
         c = self.config
         factor = 2 ** (len(c["channel_mult"]) - 1)
-        if x.dim() != 4 or x.shape[1] != c["in_channels"] or x.shape[2] % factor or x.shape[3] % factor:
+        if (
+            x.dim() != 4
+            or x.shape[1] != c["in_channels"]
+            or x.shape[2] % factor
+            or x.shape[3] % factor
+        ):
             raise ValueError(
                 f"x is {tuple(x.shape)}, expected (N, {c['in_channels']}, H, W) "
                 f"with H and W multiples of {factor}"
@@ -251,7 +256,9 @@ class TimeEmbedding(nn.Module):
 class GroupNormSiLU(nn.GroupNorm):
     """act(GN(x + add)·(1 + scale) + shift) by our op; the parameters of nn.GroupNorm."""
 
-    def __init__(self, num_groups: int, channels: int, eps: float, activation: str = "silu") -> None:
+    def __init__(
+        self, num_groups: int, channels: int, eps: float, activation: str = "silu"
+    ) -> None:
         super().__init__(num_groups, channels, eps)
         self.activation = activation
 

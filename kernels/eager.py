@@ -14,7 +14,7 @@ def refusals(op: str, *args) -> list[str]:
 
 
 def group_norm_silu(x, weight, bias, add, scale, shift, num_groups, eps, silu) -> Tensor:
-    """F.group_norm, then the conditioning, then F.silu, each in x.dtype like a U-Net in that dtype."""
+    """group_norm, the conditioning, silu: each in x.dtype, as in a U-Net of that dtype."""
 
     def cast(t: Tensor | None, *shape: int) -> Tensor | None:
         return None if t is None else t.to(x.dtype).reshape(*shape, *[1] * (x.dim() - 2))

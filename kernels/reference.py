@@ -1,4 +1,4 @@
-"""The truth: each op in plain PyTorch, spelled out as its equation. Run it in float64 to judge others."""
+"""The truth: each op in plain PyTorch, spelled out as its equation. float64 judges the others."""
 
 import math
 
@@ -21,7 +21,7 @@ def group_norm_silu(
     """y = act(((u − mean) / √(var + eps) · weight + bias) · (1 + scale) + shift), u = x + add.
 
     Mean and biased variance over each group of C / num_groups channels and all of S
-    (Wu & He 2018, eq. 1–3); SiLU v·σ(v); scale and shift as in AdaGN (Dhariwal & Nichol 2021, §3.1).
+    (Wu & He 2018, eq. 1–3); SiLU v·σ(v); scale and shift: AdaGN (Dhariwal & Nichol 2021, §3.1).
     """
     n, c = x.shape[:2]
     per_channel = (n, c, *[1] * (x.dim() - 2))

@@ -28,4 +28,6 @@ def assert_within_budget(
     step = torch.finfo(got.dtype).eps * scale
     allowed = factor * (error(plain, truth) + step)
     found = error(got, truth)
-    assert found <= allowed, f"{what}: error {found:.3e} over the budget {allowed:.3e} ({got.dtype})"
+    assert found <= allowed, (
+        f"{what}: error {found:.3e} over the budget {allowed:.3e} ({got.dtype})"
+    )

@@ -1,4 +1,4 @@
-"""Runs every op test on every back end that is present, on poisoned memory, and counts the cases."""
+"""Runs every op test on every back end present, on poisoned memory, and counts the cases."""
 
 import json
 import os

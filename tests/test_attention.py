@@ -6,9 +6,9 @@ import pytest
 import torch
 from budget import FORWARD, GRADIENT, assert_within_budget
 from conftest import DEVICE
+from engine.kernels import reference
 
 from engine import ops
-from engine.kernels import reference
 
 OP = "attention"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,7 +39,7 @@ def make_qkv(shape, dtype, *, seed=0, by=1.0):
 
 
 def as_view(t: torch.Tensor, view: str) -> torch.Tensor:
-    """The same values in another memory order: (N, heads, S, D) inside a larger or permuted tensor."""
+    """The same values of (N, heads, S, D) inside a larger or permuted tensor."""
     if view == "tokens":  # memory (N, S, heads, D)
         return t.transpose(1, 2).contiguous().transpose(1, 2)
     if view == "packed":  # every third slice of (N, S, 3, heads, D)
@@ -74,7 +74,10 @@ def check(impl, qkv, *, softmax_scale=None, view="contiguous"):
     for name, *triple in zip("qkv", grads, true_grads, plain_grads, strict=True):
         assert_within_budget(*triple, factor=GRADIENT, what=f"d{name}", scale=scale)
     with torch.no_grad():
-        assert torch.equal(ops.attention(*viewed, scale=softmax_scale, impl=impl), out) or impl == "eager"
+        assert (
+            torch.equal(ops.attention(*viewed, scale=softmax_scale, impl=impl), out)
+            or impl == "eager"
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

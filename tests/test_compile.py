@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import DEVICE
+from engine.kernels import boundary
 from test_group_norm_silu import as_layout, make_inputs
 
 from engine import ops
-from engine.kernels import boundary
 
 OP = "all"
 PRESENT = [
@@ -123,5 +123,3 @@ def test_opcheck(op, impl_name, backend):
     overload = getattr(getattr(torch.ops, namespace), op).default
     for arguments in opcheck_arguments(op):
         torch.library.opcheck(overload, arguments)
-
-

@@ -40,10 +40,13 @@ def test_variance_choice():
 
 
 def test_posterior_is_bayes():
-    """q(x_{t−1} | x_t, x_0) ∝ q(x_t | x_{t−1}) q(x_{t−1} | x_0), worked out from the two Gaussians."""
+    """q(x_{t−1} | x_t, x_0) ∝ q(x_t | x_{t−1}) q(x_{t−1} | x_0), from the two Gaussians."""
     diffusion, t = linear(), torch.tensor([400])
     beta, alpha_bar = diffusion.betas[400], diffusion.alpha_bar[399]
-    x0, x_t = torch.tensor([[0.3]], dtype=torch.float64), torch.tensor([[-0.8]], dtype=torch.float64)
+    x0, x_t = (
+        torch.tensor([[0.3]], dtype=torch.float64),
+        torch.tensor([[-0.8]], dtype=torch.float64),
+    )
     precision = (1 - beta) / beta + 1 / (1 - alpha_bar)
     mean = ((1 - beta).sqrt() / beta * x_t + alpha_bar.sqrt() / (1 - alpha_bar) * x0) / precision
     found = diffusion.posterior(x0, x_t, t)
@@ -108,7 +111,10 @@ def test_loss_draws_t_and_noise():
         (lambda: linear(loss="mse"), "expected one of l1, l2, huber"),
         (lambda: engine.Diffusion(torch.tensor([0.1, 1.0])), "0 < beta < 1"),
         (lambda: engine.Diffusion(torch.ones(2, 2) / 2), r"expected \(T,\)"),
-        (lambda: linear().loss(lambda x, t: x[:, :0], torch.ones(1, 1, 2, 2)), "the model returned"),
+        (
+            lambda: linear().loss(lambda x, t: x[:, :0], torch.ones(1, 1, 2, 2)),
+            "the model returned",
+        ),
     ],
 )
 def test_bad_input(make, sentence):

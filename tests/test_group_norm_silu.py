@@ -4,9 +4,9 @@ import pytest
 import torch
 from budget import FORWARD, GRADIENT, assert_within_budget
 from conftest import DEVICE
+from engine.kernels import reference
 
 from engine import ops
-from engine.kernels import reference
 
 OP = "group_norm_silu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -75,9 +75,7 @@ def make_inputs(shape, dtype, variant, *, seed=0, mean=0.5, std=2.0, operand_dty
 
 def run(function, inputs, groups, dy, *, grad=True, **kwargs):
     """→ y and the gradients of every present input, from leaves that keep strides."""
-    leaves = {
-        k: None if t is None else t.detach().requires_grad_(grad) for k, t in inputs.items()
-    }
+    leaves = {k: None if t is None else t.detach().requires_grad_(grad) for k, t in inputs.items()}
     operands = {k: leaves[k] for k in ("add", "scale", "shift")}
     y = function(leaves["x"], leaves["weight"], leaves["bias"], groups, **operands, **kwargs)
     present = {k: t for k, t in leaves.items() if t is not None}
@@ -247,9 +245,7 @@ def test_only_some_gradients(impl):
     y.backward(dy)
     full = inputs["x"].clone().requires_grad_()
     other = inputs["weight"].detach().clone().requires_grad_()
-    ops.group_norm_silu(
-        full, other, inputs["bias"], 2, add=inputs["add"], impl=impl
-    ).backward(dy)
+    ops.group_norm_silu(full, other, inputs["bias"], 2, add=inputs["add"], impl=impl).backward(dy)
     assert torch.equal(weight.grad, other.grad)
 
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from conftest import DEVICE
+from engine.kernels import philox
 
 from engine import dispatch, ops
-from engine.kernels import philox
 
 OP = "noise"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -6,15 +6,23 @@ import pytest
 import torch
 from budget import FORWARD, assert_within_budget
 from conftest import DEVICE
+from engine.kernels import reference
 from test_group_norm_silu import as_layout
 
 import engine
 from engine import ops, samplers, schedules
-from engine.kernels import reference
 
 OP = "reverse_step"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((1, 1, 1, 1), (2, 3, 5, 7), (3, 2, 4, 4), (1, 5, 9, 1), (2, 6), (2, 3, 8), (1, 2, 3, 4, 5))
+SHAPES = (
+    (1, 1, 1, 1),
+    (2, 3, 5, 7),
+    (3, 2, 4, 4),
+    (1, 5, 9, 1),
+    (2, 6),
+    (2, 3, 8),
+    (1, 2, 3, 4, 5),
+)
 
 
 def rows(sampler="ddpm", prediction="eps", eta=0.0, variance="small"):
@@ -128,7 +136,7 @@ def test_no_noise_where_sigma_is_zero(impl):
 
 
 def test_golden_steps(impl):
-    """Single reverse steps of the linear schedule, T = 1000: x_t = 0.5, ε = 0.25, clipped, z = 1."""
+    """Single steps of the linear schedule, T = 1000: x_t = 0.5, ε = 0.25, clipped, z = 1."""
     diffusion = {
         v: engine.Diffusion(schedules.betas("linear", 1000), variance=v) for v in ("small", "large")
     }

@@ -29,7 +29,9 @@ def perfect(process: engine.Diffusion, x0: torch.Tensor):
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-@pytest.mark.parametrize("sampler, steps", [("ddpm", None), ("ddpm", 10), ("ddim", 10), ("ddim", 1)])
+@pytest.mark.parametrize(
+    "sampler, steps", [("ddpm", None), ("ddpm", 10), ("ddim", 10), ("ddim", 1)]
+)
 def test_a_perfect_network_gives_the_image(prediction, sampler, steps):
     process = diffusion(prediction=prediction)
     x0 = torch.rand(1, 1, 4, 4) * 1.8 - 0.9
@@ -116,7 +118,12 @@ def test_labels_and_modes():
 
     net = Net().train()
     images = engine.sample(
-        net, diffusion(25, prediction="x0"), SHAPE, sampler="ddim", steps=3, y=torch.tensor([0, 1, 0])
+        net,
+        diffusion(25, prediction="x0"),
+        SHAPE,
+        sampler="ddim",
+        steps=3,
+        y=torch.tensor([0, 1, 0]),
     )
     assert images[:, 0, 0, 0].tolist() == [0, 1, 0]
     assert net.training and not images.is_inference()

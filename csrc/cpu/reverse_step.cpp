@@ -2,7 +2,7 @@
 // (a, b, c, d, s) = coeffs[step] and z given or drawn in place (noise_simd.h). No backward.
 // Parallel: over ranges of elements where all tensors lie in memory alike, else over tiles of
 // channels x positions, through buffers in the contiguous order that numbers the noise.
-// Bound: with given noise memory, 4 elements; else the noise, about 6 clock cycles per element.
+// Bound: with given noise memory, 4 elements; else the noise, about 5 clock cycles per element.
 #include "reverse_step.h"
 
 #include "isa.h"
