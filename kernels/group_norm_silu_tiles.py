@@ -170,6 +170,7 @@ def plan(group: int, S: int, G: int, itemsize: int, last: bool, limit: int) -> P
     power = triton.next_power_of_2
     s, block_g = power(S), 1
     aligned = (G * group if last else S) % 8 == 0
+    limit = limit if aligned else limit // 2
 
     def row(groups: int) -> int:  # bytes of a channels_last row
         return groups * group * itemsize

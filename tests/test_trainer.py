@@ -115,7 +115,9 @@ def test_accumulation_is_the_mean_over_the_batch(folder, monkeypatch):
 
 
 def test_learns_and_ema_follows(folder):
-    run = train(config(folder, steps=80, batch=16, lr=5e-3, samples=4, sample_every=50))
+    run = train(
+        config(folder, steps=80, batch=16, lr=5e-3, prediction="eps", samples=4, sample_every=50)
+    )
     rows = rows_of(run)
     first = np.mean([row["loss"] for row in rows[:10]])
     last = np.mean([row["loss"] for row in rows[-10:]])
