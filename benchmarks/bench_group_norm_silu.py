@@ -10,15 +10,13 @@ from measure import compare
 
 from engine import ops
 
-# N, C, H, W of U-Nets: CIFAR-10 at its four levels, batch 1, a wide level, the Fashion-MNIST model.
+# N, C, H, W of U-Nets: CIFAR-10 at three levels, batch 1, the Fashion-MNIST model.
 SHAPES = [
     (32, 128, 32, 32),
     (32, 256, 16, 16),
-    (32, 256, 8, 8),
     (32, 256, 4, 4),
     (1, 128, 32, 32),
-    (8, 384, 32, 32),
-    (64, 32, 28, 28),
+    (32, 32, 28, 28),
 ]
 KINDS = {
     "bf16-channels_last": (torch.bfloat16, torch.channels_last),
@@ -67,7 +65,7 @@ def bench_forward(benchmark, shape, kind):
         compare(benchmark, functions, 2 * x.numel() * x.element_size())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["bf16-channels_last", "fp32-contiguous"])
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
 def bench_backward(benchmark, shape, kind):
     leaves, compiled = setup(shape, kind, grad=True)

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-WARMUP_S, TIMED_S, MIN_ROUNDS = 0.2, 1.0, 15
+WARMUP_S, TIMED_S, MIN_ROUNDS = 0.2, 0.5, 15
 
 
 def _once(function: Callable) -> float:

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from . import ops
 
 PRESETS = {
-    # 28×28 grey, small enough to train on two CPU cores in minutes.
+    # 28×28 grey, 1.06 M parameters: small enough to train on two CPU cores in minutes.
     "fashion-mnist": dict(
         image_size=28,
         in_channels=1,
         model_channels=32,
         channel_mult=(1, 2, 2),
-        num_res_blocks=2,
-        attention_resolutions=(7,),
+        num_res_blocks=1,
         head_channels=32,
         num_groups=8,
     ),

@@ -88,7 +88,7 @@ def tiles(q: torch.Tensor, owned: int, read: int, backward: bool) -> Tiles:
     registers (tests/test_triton_compile.py holds both); not yet tuned on a device."""
     wide = triton.next_power_of_2(q.shape[-1])
     if q.dtype == torch.float32:
-        t = Tiles(16, 16, 8, 1) if wide == 256 else Tiles(32, 16, 8, 1)
+        t = Tiles(16, 16, 8, 1)
     elif backward:
         t = Tiles(32, 32, 8, 2) if wide == 256 else Tiles(64, 32, 4, 2)
     else:
