@@ -17,6 +17,8 @@ from torch import Tensor
 FILE = "checkpoint.safetensors"  # in the run's folder
 FORMAT = 1
 KEY = "diffusion_engine"
+REQUIRED = {"model": dict, "diffusion": dict, "train": dict, "step": int, "skipped": int}
+ADVICE = "use another checkpoint, or train again with another --out"
 
 
 class CheckpointError(ValueError):
@@ -80,16 +82,21 @@ def read(path: str | os.PathLike, prefix: str = "") -> tuple[dict[str, Tensor], 
                     f"(no {KEY!r} in its metadata)"
                 )
             info = json.loads(metadata[KEY])
+            if not isinstance(info, dict):
+                raise CheckpointError(f"{file} has metadata that is no JSON object: {ADVICE}")
             if info.get("format") != FORMAT:
                 raise CheckpointError(
                     f"{file} has checkpoint format {info.get('format')}, "
                     f"this engine reads format {FORMAT}"
                 )
+            for key, kind in REQUIRED.items():
+                if not isinstance(info.get(key), kind):
+                    raise CheckpointError(f"{file} has no {key!r} in its metadata: {ADVICE}")
             return {k: opened.get_tensor(k) for k in opened.keys() if k.startswith(prefix)}, info  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{file} is not a readable checkpoint ({file.stat().st_size} bytes; truncated, damaged "
-            f"or of another kind): {error}"
+            f"or of another kind): {error}; {ADVICE}"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
@@ -107,12 +114,15 @@ def build(tensors: dict[str, Tensor], info: dict, weights: str, file: Path):
 
     try:
         model = UNet(**info["model"])
+        for name in ("model", "ema"):
+            if part(tensors, f"{name}.").keys() != model.state_dict().keys():
+                raise ValueError(f"its {name} weights do not belong to its model")
         model.load_state_dict(part(tensors, f"{weights}."))
         diffusion = Diffusion(tensors["diffusion.betas"], **info["diffusion"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{file} does not describe a model of this engine: {reason}"
+            f"{file} does not describe a model of this engine: {reason}; {ADVICE}"
         ) from None
     return model, diffusion
 

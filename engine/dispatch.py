@@ -33,7 +33,7 @@ def requested(impl: str) -> str:
     """`impl`, or for "auto" what ENGINE_BACKEND says."""
     source = "impl"
     if impl == "auto":
-        impl, source = os.environ.get("ENGINE_BACKEND", "auto"), "ENGINE_BACKEND"
+        impl, source = os.environ.get("ENGINE_BACKEND") or "auto", "ENGINE_BACKEND"
     if impl not in IMPLS:
         raise ValueError(f"{source}={impl!r} is unknown: choose one of {', '.join(IMPLS)}")
     return impl
@@ -103,16 +103,21 @@ def pick(op: str, impl: str, *args) -> str:
         return "eager"
     reasons = refusals(op, explicit, args)
     if reasons:
+        source = "ENGINE_BACKEND" if impl == "auto" else "impl"
         raise BackendError(
-            f"{op}: {explicit} was requested and cannot serve this call\n{table(op, *args)}"
+            f"{op}: {source}={explicit} was requested and cannot serve this call: "
+            f"{'; '.join(reasons)}\n{table(op, *args)}"
         )
     return explicit
 
 
 def table(op: str, *args) -> str:
-    """One line per back end: serves or refuses, and why; an arrow at the choice of `auto`."""
+    """One line per back end: serves or refuses, and why; an arrow at the choice."""
     device = args[0].device.type
-    chosen = pick(op, "auto", *args) if requested("auto") == "auto" else requested("auto")
+    by_name = requested("auto")
+    chosen, arrow = by_name, "  ← ENGINE_BACKEND"
+    if by_name == "auto":
+        chosen, arrow = pick(op, "auto", *args), "  ← auto"
     x = args[0]
     lines = [f"{op} on {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} {device}"]
     for backend in IMPLS[1:]:
@@ -120,8 +125,7 @@ def table(op: str, *args) -> str:
         verdict = "refuses: " + "; ".join(reasons) if reasons else "serves"
         evidence = EVIDENCE.get((backend, device)) if not reasons else None
         note = f" ({evidence})" if evidence else ""
-        arrow = "  ← auto" if backend == chosen else ""
-        lines.append(f"  {backend:7s}{verdict}{note}{arrow}")
+        lines.append(f"  {backend:7s}{verdict}{note}{arrow if backend == chosen else ''}")
     return "\n".join(lines)
 
 

@@ -182,18 +182,8 @@ def noise(
     contiguous, drawn in float32 and rounded to dtype (float32, bfloat16 or float16). Raises
     ValueError otherwise.
     """
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"noise: dtype is {dtype}, expected float32, bfloat16 or float16")
-    if not 0 <= stream < 2**32 or offset < 0:
-        raise ValueError(f"noise: stream {stream} or offset {offset} is out of range")
-    out = torch.empty(shape, dtype=dtype, device=device)
-    args = (
-        out,
-        _scalar("seed", seed, out.device, -(2**63), 2**63),
-        _scalar("step", step, out.device, 0, 2**32),
-        stream,
-        offset,
-    )
+    args = _noise_args(seed, step, stream, shape, device=device, dtype=dtype, offset=offset)
+    out = args[0]
     backend = dispatch.pick("noise", "eager" if out.numel() == 0 else impl, *args)
     dispatch.function("noise", "fwd", backend)(*args)
     return out
@@ -203,16 +193,9 @@ def explain(op: str, *args, **kwargs) -> None:
     """Prints which back ends would serve ops.<op>(*args, **kwargs), and which one `auto` takes."""
     prepare = {
         "group_norm_silu": _explain_group_norm_silu,
-        "attention": lambda q, k, v, scale=None: (q, k, v, 1.0 if scale is None else scale),
-        "reverse_step": lambda x, out, coeffs, step, key=None, noise=None, clip=1.0, offset=0: (
-            _reverse_step_args(x, out, coeffs, step, key, noise, clip, offset)
-        ),
-        "noise": lambda seed, step, stream, shape, device="cpu", dtype=torch.float32, offset=0: (
-            torch.empty(shape, dtype=dtype, device=device),
-            *(torch.as_tensor(value, device=device) for value in (seed, step)),
-            stream,
-            offset,
-        ),
+        "attention": _explain_attention,
+        "reverse_step": _explain_reverse_step,
+        "noise": _noise_args,
     }
     if op not in prepare:
         raise ValueError(f"explain: unknown op {op!r}, expected one of {', '.join(prepare)}")
@@ -232,6 +215,27 @@ def _explain_group_norm_silu(
 ):
     _check_group_norm_silu(x, weight, bias, num_groups, eps, add, scale, shift, activation)
     return x, weight, bias, add, scale, shift, num_groups, eps, activation == "silu"
+
+
+def _explain_attention(q, k, v, *, scale=None):
+    _check_attention(q, k, v)
+    return q, k, v, 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+
+
+def _explain_reverse_step(x, model_out, coeffs, step, *, key=None, noise=None, clip=1.0, offset=0):
+    _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset)
+    return _reverse_step_args(x, model_out, coeffs, step, key, noise, clip, offset)
+
+
+def _noise_args(seed, step, stream, shape, *, device="cpu", dtype=torch.float32, offset=0):
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"noise: dtype is {dtype}, expected float32, bfloat16 or float16")
+    for name, value in (("stream", stream), ("offset", offset)):
+        if not isinstance(value, int) or not 0 <= value < (2**32 if name == "stream" else 2**63):
+            raise ValueError(f"noise: {name} is {value}, expected an integer, 0 or more")
+    out = torch.empty(shape, dtype=dtype, device=device)
+    seed = _scalar("seed", seed, out.device, -(2**63), 2**63)
+    return out, seed, _scalar("step", step, out.device, 0, 2**32), stream, offset
 
 
 def _is_dense(t: Tensor) -> bool:
@@ -266,8 +270,8 @@ def _scalar(name: str, value: int | Tensor, device: torch.device, low: int, high
                 f"expected one int64 on {device}"
             )
         return value
-    if not low <= value < high:
-        raise ValueError(f"{name} is {value}, expected {low} <= {name} < {high}")
+    if isinstance(value, float) or not low <= value < high:
+        raise ValueError(f"{name} is {value}, expected an integer, {low} <= {name} < {high}")
     return torch.tensor(value, dtype=torch.int64, device=device)
 
 
@@ -284,7 +288,7 @@ def _check_group_norm_silu(x, weight, bias, num_groups, eps, add, scale, shift, 
             f"group_norm_silu: x is {tuple(x.shape)} {x.dtype}, expected (N, C, *S), floating point"
         )
     n, c = x.shape[:2]
-    if num_groups < 1 or c % num_groups:
+    if isinstance(num_groups, float) or num_groups < 1 or c % num_groups:
         raise ValueError(
             f"group_norm_silu: {c} channels cannot be split into num_groups={num_groups} groups"
         )
@@ -340,7 +344,7 @@ def _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset) ->
     if coeffs.dim() != 2 or coeffs.shape[1] != 5 or coeffs.dtype != torch.float32:
         raise ValueError(
             f"reverse_step: coeffs is {tuple(coeffs.shape)} {coeffs.dtype}, "
-            "expected (n_steps, 5) float32: see engine.samplers"
+            "expected (n_steps, 5) float32: the second result of samplers.coefficients, .float()"
         )
     if coeffs.device != x.device or not coeffs.is_contiguous():
         raise ValueError(f"reverse_step: coeffs must be contiguous and on {x.device} like x")

@@ -28,7 +28,7 @@ class SampleConfig:
     run: Annotated[Path, Positional]
     """Folder of a run, or its checkpoint file."""
     out: Path = Path("samples.png")
-    """The picture, PNG. An existing one is replaced."""
+    """The picture, PNG. An existing one is replaced, a missing folder made."""
     n: int = 64
     """Number of samples."""
     sampler: Literal["ddpm", "ddim"] = "ddim"
@@ -38,7 +38,7 @@ class SampleConfig:
     eta: float = 0.0
     """DDIM's noise: 0 none, 1 as much as ddpm."""
     seed: int = 0
-    """The same seed draws the same samples, whatever the batch."""
+    """The same seed draws the same samples, whatever the batch, up to rounding."""
     clip: bool = True
     """Clip x0 to [-1, 1] in every step (--no-clip: do not)."""
     label: int | None = None
@@ -114,9 +114,7 @@ def check(config: SampleConfig) -> None:
             continue
         if path.suffix.lower() != ".png" or path.is_dir():
             raise ValueError(f"--{name} {path}: give the name of a .png file")
-        parent = next(p for p in path.absolute().parents if p.exists())
-        if not parent.is_dir():
-            raise ValueError(f"--{name} {path}: {parent} is a file, not a folder")
+        cli.make_writable(path.absolute().parent, f"--{name}")
 
 
 def choose_labels(config: SampleConfig, classes: int | None, names: Sequence[str]):

@@ -29,7 +29,9 @@ def coefficients(
         raise ValueError(f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}, expected 0 (deterministic) … 1 (as noisy as ddpm)")
-    t = torch.tensor(schedules.kept_steps(diffusion.T, steps or diffusion.T))
+    if eta and sampler == "ddpm":
+        raise ValueError(f"eta is {eta}, but ddpm has none: use sampler='ddim', or leave eta at 0")
+    t = torch.tensor(schedules.kept_steps(diffusion.T, diffusion.T if steps is None else steps))
     alpha_bar = diffusion.alpha_bar[t]
     alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
     a, b = (row[t] for row in diffusion.x0_rows())
@@ -72,12 +74,14 @@ def sample(
     seed     with shape, the whole of the randomness: the same images on every device's noise
     clip     keep each x̂_0 in [−1, 1]
     y        (N,) class labels for a class-conditional model
-    trajectory  also return this many states, evenly spaced from x_T to x_0
+    trajectory  also return this many states (2 or more; at most steps + 1), from x_T to x_0
     offset   global index of the first sample: batches of a run give the images of one large batch
 
     The model runs as it is (precision, layout), in eval mode and without gradients.
     Raises ValueError for bad names, step counts and shapes.
     """
+    if trajectory == 1 or trajectory < 0:
+        raise ValueError(f"trajectory is {trajectory}, expected 0 (none) or 2 and more states")
     if len(shape) < 2:
         raise ValueError(f"shape is {tuple(shape)}, expected (N, C, H, W)")
     if device is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,13 +35,15 @@ class TrainConfig:
     data_dir: Path | None = None
     """Folder with Fashion-MNIST's IDX files. None: Debian's dataset-fashion-mnist, or download."""
     preset: str | None = None
-    """U-Net: `fashion-mnist` (small), `cifar10` (36 M weights). None: by data set, or cifar10."""
+    """U-Net and its recipe: `fashion-mnist` (1 M weights, for a CPU too) or `cifar10` (36 M, for a
+    GPU). None: fashion-mnist."""
     width: int | None = None
     """Base channels of the U-Net. None: the preset's."""
     image_size: int | None = None
-    """Height and width, pixels; pictures are centre-cropped and resized. None: the preset's."""
+    """Height and width, pixels; pictures are centre-cropped and resized. None: the
+    preset's, or without --preset 28 for fashion-mnist and 32 for other data sets."""
     channels: int | None = None
-    """1 grey, 3 RGB. None: 1 for fashion-mnist, else the preset's."""
+    """1 grey, 3 RGB. None: 1 for fashion-mnist; else the preset's, or without --preset 3."""
     classes: bool = False
     """Class-conditional model. In a folder of pictures, the sub-folders are the classes."""
     flip: bool = False
@@ -158,7 +161,7 @@ def train(config: TrainConfig) -> Path:
     """
     # Late, so that --help and a wrong option are answered without waiting for torch.
     from . import checkpoint, data
-    from .trainer import Trainer, choose_device, describe
+    from .trainer import Trainer, choose_device, choose_precision, describe
 
     config = complete(config)
     validate(config)
@@ -171,7 +174,7 @@ def train(config: TrainConfig) -> Path:
         model, diffusion = checkpoint.build(tensors, info, "model", file)
         size, channels = model.config["image_size"], model.config["in_channels"]
     else:
-        folder = config.out or Path("runs") / Path(config.dataset).name
+        folder = config.out or Path("runs") / Path(config.dataset).resolve().name
         config = dataclasses.replace(config, out=folder)
         if (folder / checkpoint.FILE).exists():
             raise FileExistsError(
@@ -190,14 +193,16 @@ def train(config: TrainConfig) -> Path:
             raise ValueError(f"--classes: {config.dataset} has no labels")
         model = new_model(config, size, channels, len(images.classes) if config.classes else None)
         diffusion = new_diffusion(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    device = choose_device(config.device)
+    chosen = describe(model, device, choose_precision(config.precision, device))
+    cli.make_writable(folder, "--out")
     trainer = Trainer(config, model, diffusion, images, folder)
     if info is not None:
         trainer.restore(tensors, info)
     tensors.clear()
     trainer.say(
-        f"{describe(model, trainer.device, trainer.precision)}; "
-        f"{len(images)} images of {channels}×{size}×{size}"
+        f"{chosen}; {config.steps} steps of {config.batch} images, "
+        f"from {len(images)} of {channels}×{size}×{size}"
     )
     if trainer.step < config.steps:
         trainer.run()
@@ -215,9 +220,7 @@ def complete(config: TrainConfig) -> TrainConfig:
 
 
 def preset_name(config: TrainConfig) -> str:
-    if config.preset is not None:
-        return config.preset
-    return "fashion-mnist" if config.dataset == "fashion-mnist" else "cifar10"
+    return config.preset or "fashion-mnist"
 
 
 def picture_shape(config: TrainConfig) -> tuple[int, int]:
@@ -227,8 +230,11 @@ def picture_shape(config: TrainConfig) -> tuple[int, int]:
     name = preset_name(config)
     if name not in PRESETS:
         raise ValueError(f"--preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
-    channels = 1 if config.dataset == "fashion-mnist" else PRESETS[name]["in_channels"]
-    size = PRESETS[name]["image_size"]
+    channels, size = PRESETS[name]["in_channels"], PRESETS[name]["image_size"]
+    if config.dataset == "fashion-mnist":
+        channels = 1
+    elif config.preset is None:
+        channels, size = 3, 32
     return (
         size if config.image_size is None else config.image_size,
         channels if config.channels is None else config.channels,
@@ -300,8 +306,10 @@ def command(args: Sequence[str] | None) -> None:
         print(f"x_T … x_0    {folder / 'strip.png'}")
     print(f"loss         {folder / 'loss.png'}")
     print("try next:")
-    print(f"  python -m engine.sample {folder} --sampler ddim --steps 50 --seed 7 --out grid.png")
-    print(f"  python -m engine.train --resume {folder} --steps {2 * complete(config).steps}")
+    config, run = complete(config), shlex.quote(str(folder))
+    steps = min(50, config.timesteps)
+    print(f"  python -m engine.sample {run} --sampler ddim --steps {steps} --seed 7 --out grid.png")
+    print(f"  python -m engine.train --resume {run} --steps {2 * config.steps}")
 
 
 def main(args: Sequence[str] | None = None) -> int:

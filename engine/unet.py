@@ -193,15 +193,20 @@ class UNet(nn.Module):
                 f"image_size {c['image_size']} cannot be halved {len(widths) - 1} times: "
                 f"use a multiple of {factor}, or fewer levels in channel_mult"
             )
-        for width in widths:
-            if width % c["num_groups"]:
+        for level, width in enumerate(widths):
+            if width < 1 or width % c["num_groups"]:
                 raise ValueError(
                     f"a level of {width} channels cannot be split into num_groups={c['num_groups']}"
+                    ": choose another model_channels or num_groups"
                 )
+            resolution = c["image_size"] // 2**level
+            attends = resolution in c["attention_resolutions"] or level == len(widths) - 1
             heads_of = c["head_channels"] or c["num_heads"]
-            if c["attention_resolutions"] and width % heads_of:
+            if attends and width % heads_of:
+                split = "of head_channels" if c["head_channels"] else "for num_heads"
                 raise ValueError(
-                    f"a level of {width} channels cannot be split by heads of {heads_of}"
+                    f"attention over {width} channels cannot be split into heads {split}="
+                    f"{heads_of}: choose another model_channels"
                 )
 
     def _check_input(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:

@@ -1,6 +1,7 @@
 """The command lines as a person meets them: help, one whole run, and what bad input is answered."""
 
 import importlib
+import json
 import re
 import sys
 
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import engine
-from engine import checkpoint, cli, train, unet
+from engine import checkpoint, cli, dispatch, train, unet
 from engine import sample as sample_function
 
 
@@ -44,7 +47,7 @@ def sample_main(*args: str) -> int:
 TRAIN = (
     *("--dataset", "pictures", "--out", "run", "--timesteps", "10", "--steps", "3", "--batch", "4"),
     *("--samples", "4", "--sample-steps", "2", "--sample-every", "0", "--device", "cpu"),
-    "--no-tensorboard",
+    *("--no-tensorboard", "--preset", "cifar10"),
 )
 
 
@@ -64,7 +67,7 @@ def test_train_resume_sample(work, capsys):
     assert train.main([*TRAIN, "--loss", "huber", "--schedule", "cosine"]) == 0
     said = capsys.readouterr()
     assert "run/samples.png" in said.out and "python -m engine.sample run" in said.out
-    assert re.search(r"cpu .*U-Net of .*group_norm_silu: \w+.*8 images", said.err)
+    assert re.search(r"cpu .*U-Net of .*group_norm_silu: \w+.*from 8 of", said.err)
     for name in ("samples.png", "strip.png", "loss.png"):
         assert Image.open(work / "run" / name).size[0] > 10
 
@@ -194,7 +197,7 @@ def test_bad_sampling_input_writes_nothing(work, capsys):
         (["run", "--out", "grid.jpg"], "give the name of a .png file"),
         (["run", "--out", "folder.png"], "give the name of a .png file"),
         (["run", "--device", "cuda:99"], "CUDA devices"),
-        (["run", "--out", "pictures/1.png/x.png"], "pictures/1.png is a file, not a folder"),
+        (["run", "--out", "pictures/1.png/x.png"], "cannot write in .*pictures/1.png"),
     ):
         code = sample_main("--out", "grid.png", *args)
         assert re.search(sentence, refused(code, capsys)), sentence
@@ -206,3 +209,39 @@ def test_messages_name_the_file_of_an_operating_system_error():
     assert cli.sentence(OSError(28, "No space left on device")) == "No space left on device"
     assert cli.sentence(ValueError("two\nlines")) == "two lines"
     assert cli.sentence(ValueError()) == "ValueError"
+
+
+@pytest.mark.parametrize("backend, sentence", [("cuda", "is unknown"), ("native", "was requested")])
+def test_a_back_end_that_cannot_serve(work, capsys, monkeypatch, backend, sentence):
+    monkeypatch.setenv("ENGINE_BACKEND", backend)
+    monkeypatch.setattr(
+        dispatch, "absence", lambda op, name: "is not built" if name == "native" else ""
+    )
+    assert re.search(sentence, refused(train.main(TRAIN), capsys))
+    assert not (work / "run").exists()
+
+
+DAMAGE = {
+    "list": lambda info: [info],
+    "no model": lambda info: {k: v for k, v in info.items() if k != "model"},
+    "no step": lambda info: {k: v for k, v in info.items() if k != "step"},
+    "no train": lambda info: {k: v for k, v in info.items() if k != "train"},
+    "no ema": lambda info: info,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoints_are_refused(work, capsys, damage):
+    assert train.main([*TRAIN, "--samples", "0"]) == 0
+    file = work / "run" / checkpoint.FILE
+    with safe_open(file, "pt") as opened:
+        tensors = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
+        info = json.loads(opened.metadata()[checkpoint.KEY])
+    if damage == "no ema":
+        tensors = {k: t for k, t in tensors.items() if not k.startswith("ema.")}
+    save_file(tensors, file, {checkpoint.KEY: json.dumps(DAMAGE[damage](info))})
+    capsys.readouterr()
+    code = train.main(["--resume", "run"])
+    assert re.search("use another checkpoint", refused(code, capsys))
+    code = sample_main("run", "--out", "grid.png")
+    assert re.search("use another checkpoint", refused(code, capsys))

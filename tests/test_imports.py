@@ -18,7 +18,7 @@ RANK = {
     "diffusion": 1,
     "unet": 2,
     "samplers": 2,
-    "cli": 0,
+    "cli": 1,
     "metrics": 0,
     "data": 2,
     "plots": 2,

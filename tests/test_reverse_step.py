@@ -170,7 +170,7 @@ BAD = {
     "neither": (dict(), "exactly one of key"),
     "shape": (dict(model_out=torch.zeros(2, 6, 4, 4), key=1), r"expected \(2, 3, 4, 4\)"),
     "coeffs": (dict(coeffs=torch.zeros(10, 4), key=1), r"expected \(n_steps, 5\) float32"),
-    "step": (dict(step=10, key=1), "step is 10, expected 0 <= step < 10"),
+    "step": (dict(step=10, key=1), "step is 10, expected an integer, 0 <= step < 10"),
     "step tensor": (dict(step=torch.zeros(1), key=1), "expected one int64"),
     "key": (dict(key=2**63), "key is"),
     "clip": (dict(key=1, clip=-1.0), "expected clip > 0"),

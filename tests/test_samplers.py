@@ -75,7 +75,7 @@ def test_seeds():
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_batches_give_the_images_of_one_large_batch(sampler):
     process = diffusion(25)
-    kwargs = dict(sampler=sampler, eta=1.0, seed=5)
+    kwargs = dict(sampler=sampler, eta=1.0 if sampler == "ddim" else 0.0, seed=5)
     whole = engine.sample(zero, process, (5, 1, 3, 3), **kwargs)
     parts = [
         engine.sample(zero, process, (n, 1, 3, 3), offset=o, **kwargs) for n, o in ((2, 0), (3, 2))
@@ -135,6 +135,9 @@ def test_labels_and_modes():
         (dict(sampler="euler"), "expected one of ddpm, ddim"),
         (dict(steps=26), "use 1 … 25"),
         (dict(sampler="ddim", eta=2.0), "eta is 2.0"),
+        (dict(sampler="ddpm", eta=0.5), "ddpm has none"),
+        (dict(steps=0), "use 1 … 25"),
+        (dict(trajectory=1), "2 and more states"),
         (dict(seed=2**64), "seed"),
     ],
 )

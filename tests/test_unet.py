@@ -167,7 +167,7 @@ def test_autocast_keeps_bfloat16_between_convolutions():
         (lambda: engine.UNet.from_preset("cifar10", width=3), "preset 'cifar10'"),
         (lambda: engine.UNet(**{**SMALL, "image_size": 7}), "cannot be halved"),
         (lambda: engine.UNet(**{**SMALL, "num_groups": 5}), "cannot be split into num_groups=5"),
-        (lambda: engine.UNet(**{**SMALL, "num_heads": 7}), "heads of 7"),
+        (lambda: engine.UNet(**{**SMALL, "num_heads": 7}), "num_heads=7"),
         (lambda: engine.UNet(**{**SMALL, "conditioning": "film"}), "expected one of add"),
         (lambda: engine.UNet(**SMALL)(torch.ones(1, 3, 8, 8), torch.ones(1)), "x is"),
         (lambda: engine.UNet(**SMALL)(torch.ones(1, 2, 9, 8), torch.ones(1)), "multiples of 2"),
