@@ -1,4 +1,4 @@
-"""Medians of several functions that do the same work, timed in turns in one process."""
+"""Medians of functions that do the same work, timed in turns in one process."""
 
 import statistics
 import time
@@ -16,17 +16,17 @@ def _once(function: Callable) -> float:
     return time.perf_counter() - start
 
 
-def medians(functions: dict[str, Callable]) -> dict[str, list[float]]:
-    """name → all timings in seconds, taken in turns A B C A B C, so that drift hits all alike."""
-    for function in functions.values():
+def in_turns(functions: list[Callable]) -> list[list[float]]:
+    """All timings of each function in seconds, taken in turns A B A B, so that drift hits both."""
+    for function in functions:
         end = time.perf_counter() + WARMUP_S
         while time.perf_counter() < end:
             function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: list[list[float]] = [[] for _ in functions]
     end = time.perf_counter() + TIMED_S * len(functions)
-    while time.perf_counter() < end or len(next(iter(times.values()))) < MIN_ROUNDS:
-        for name, function in functions.items():
-            times[name].append(_once(function))
+    while time.perf_counter() < end or len(times[0]) < MIN_ROUNDS:
+        for taken, function in zip(times, functions, strict=True):
+            taken.append(_once(function))
     return times
 
 
@@ -40,20 +40,33 @@ def copy_rate(megabytes: int = 256) -> float:
 
 
 def compare(benchmark, functions: dict[str, Callable], useful_bytes: int) -> None:
-    """Times `ours` against the others and leaves medians, ratios and bandwidth in the JSON.
+    """Times `ours` against each of the others and leaves medians, ratios, bandwidth in the JSON.
 
+    Each ratio comes from a pair timed in turns: a third function in the turn would leave its own
+    cache, heap and thread state to the next. `ours` is reported from the turn with eager.
     useful_bytes: what any implementation must read and write once.
     """
-    times = medians(functions)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    deciles = statistics.quantiles(times["ours"], n=10)
+    ours = functions["ours"]
+    median_us, speedup = {}, {}
+    for name, other in functions.items():
+        if name == "ours":
+            continue
+        mine, theirs = in_turns([ours, other])
+        speedup[name] = round(statistics.median(theirs) / statistics.median(mine), 3)
+        median_us[name] = round(statistics.median(theirs) * 1e6, 2)
+        if "ours" not in median_us:
+            median_us["ours"] = round(statistics.median(mine) * 1e6, 2)
+            deciles = statistics.quantiles(mine, n=10)
+            benchmark.extra_info.update(
+                ours_p10_p90_us=[round(d * 1e6, 2) for d in (deciles[0], deciles[-1])],
+                rounds=len(mine),
+            )
+    seconds = median_us["ours"] / 1e6
     benchmark.extra_info.update(
-        median_us={name: round(value * 1e6, 2) for name, value in median.items()},
-        ours_p10_p90_us=[round(deciles[0] * 1e6, 2), round(deciles[-1] * 1e6, 2)],
-        rounds=len(times["ours"]),
-        speedup={n: round(v / median["ours"], 3) for n, v in median.items() if n != "ours"},
+        median_us=median_us,
+        speedup=speedup,
         useful_mb=round(useful_bytes / 1e6, 3),
-        gb_per_s=round(useful_bytes / median["ours"] / 1e9, 2),
-        share_of_copy=round(useful_bytes / median["ours"] / copy_rate(), 3),
+        gb_per_s=round(useful_bytes / seconds / 1e9, 2),
+        share_of_copy=round(useful_bytes / seconds / copy_rate(), 3),
     )
-    benchmark.pedantic(functions["ours"], rounds=MIN_ROUNDS, warmup_rounds=1)
+    benchmark.pedantic(ours, rounds=MIN_ROUNDS, warmup_rounds=1)
