@@ -12,8 +12,8 @@ enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 // Runs body(begin, end) over disjoint ranges that cover [0, n), at least `grain` items in each.
 // The caller brings the thread pool (torch's own, or none), so that no second one is started.
-using ParallelFor = std::function<void(int64_t n, int64_t grain,
-                                       const std::function<void(int64_t begin, int64_t end)>& body)>;
+using ParallelFor = std::function<void(
+    int64_t n, int64_t grain, const std::function<void(int64_t begin, int64_t end)>& body)>;
 
 // A small operand: element (n, c) at data[n * row_stride + c]; per-channel operands have
 // row_stride 0. data == nullptr: the operand is absent.
@@ -37,7 +37,7 @@ struct GroupNormSilu {
 
 // Gradients of the forward. Every pointer but dx may be null: that gradient is not wanted.
 struct GroupNormSiluGrads {
-  void* dx;  // dtype and layout of x
+  void* dx;        // dtype and layout of x
   float* dweight;  // (C,)
   float* dbias;    // (C,)
   float* dadd;     // (N, C) contiguous, like dscale and dshift
@@ -69,25 +69,25 @@ void noise_cuda(void* out, DType dtype, int64_t n, const int64_t* seed, const in
 
 // One reverse step. With row = coeffs[step] = (a, b, c, d, s):
 //   x0 = clamp(a * x + b * model_out, -clip, clip);  x_next = c * x0 + d * x + s * z
-// z: `noise` if given, else normal number offset + i of (seed, step, stream 0), i the element's index
-// in the contiguous (N, C, S) order whatever the layouts; not drawn where s == 0. NaN passes the
-// clamp. A step outside [0, n_steps) gives NaN.
+// z: `noise` if given, else normal number offset + i of (seed, step, stream 0), i the element's
+// index in the contiguous (N, C, S) order whatever the layouts; not drawn where s == 0. NaN passes
+// the clamp. A step outside [0, n_steps) gives NaN.
 struct ReverseStep {
   int64_t N, C, S;
-  DType dtype;                  // of x, noise and x_next
+  DType dtype;  // of x, noise and x_next
   DType model_out_dtype;
-  bool x_channels_last;         // x and x_next
+  bool x_channels_last;  // x and x_next
   bool model_out_channels_last;
   bool noise_channels_last;
   const void* x;
   const void* model_out;
-  const void* noise;            // null: drawn from the key
-  const float* coeffs;          // (n_steps, 5) contiguous
+  const void* noise;    // null: drawn from the key
+  const float* coeffs;  // (n_steps, 5) contiguous
   int64_t n_steps;
   const int64_t* step;
-  const int64_t* seed;          // read only when noise is null
+  const int64_t* seed;  // read only when noise is null
   int64_t offset;
-  float clip;                   // infinity: no clipping
+  float clip;  // infinity: no clipping
 };
 void reverse_step_fwd_cpu(const ReverseStep& p, void* x_next, const ParallelFor& parallel_for);
 void reverse_step_fwd_cuda(const ReverseStep& p, void* x_next, void* stream);
