@@ -50,7 +50,8 @@ venv: $(PACKAGES_STAMP)
 build: $(BUILD_STAMP)
 
 bench: build
-	$(PY) -m pytest benchmarks $(ARGS)
+	$(PY) -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.json $(ARGS)
+	$(PY) benchmarks/report.py
 
 # On a machine with a GPU: the whole test suite on the device, then the benchmarks.
 gpu: build

@@ -55,7 +55,7 @@ class Diffusion:
         """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε (Ho et al. 2020, eq. 4). x0, noise (N, *); t (N,) int64."""
         a = self._at("sqrt_alpha_bar", t, x0)
         s = self._at("sqrt_one_minus_alpha_bar", t, x0)
-        return a * x0 + s * noise
+        return (a * x0 + s * noise).to(x0.dtype)
 
     def predict_x0(self, x_t: Tensor, t: Tensor, model_out: Tensor) -> Tensor:
         """x̂_0 from the network's output, not clipped.

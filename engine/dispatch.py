@@ -8,13 +8,13 @@ import torch
 IMPLS = ("auto", "eager", "native", "triton")
 
 # What `auto` tries, in order, per device. Triton on a CPU tensor is the interpreter: a test tool,
-# never a choice of `auto`. On CUDA, PyTorch's SDPA (cuDNN or flash) stays first for attention until
-# a committed result shows ours faster.
+# never a choice of `auto`. On CUDA, eager stays first until a committed result from a device shows
+# ours right and faster there; impl= or ENGINE_BACKEND=triton|native asks for ours.
 ORDER = {
-    "group_norm_silu": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
-    "attention": {"cpu": ("eager",), "cuda": ("eager", "triton")},
-    "reverse_step": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
-    "noise": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
+    "group_norm_silu": {"cpu": ("native", "eager"), "cuda": ("eager",)},
+    "attention": {"cpu": ("eager",), "cuda": ("eager",)},
+    "reverse_step": {"cpu": ("native", "eager"), "cuda": ("eager",)},
+    "noise": {"cpu": ("native", "eager"), "cuda": ("eager",)},
 }
 
 # What is known of a path beyond "it serves": printed by explain.

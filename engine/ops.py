@@ -9,7 +9,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
 
@@ -62,6 +61,17 @@ def group_norm_silu(
     return y.view(shape) if y.shape != shape else y
 
 
+def _refuse_double_backward(op: str, backend: str, saved: tuple) -> None:
+    """Under create_graph=True the kernels' results would be constants: a silently wrong derivative.
+
+    once_differentiable does not help: it complains only when the cotangent requires a gradient.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in saved):
+        raise RuntimeError(
+            f"{op}: {backend} has no second derivative (create_graph=True): use impl='eager'"
+        )
+
+
 class _GroupNormSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, x, weight, bias, add, scale, shift, num_groups, eps, silu):
@@ -72,10 +82,10 @@ class _GroupNormSilu(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         bwd = dispatch.function("group_norm_silu", "bwd", ctx.backend)
         saved = ctx.saved_tensors
+        _refuse_double_backward("group_norm_silu", ctx.backend, saved)
         dx, *small = bwd(_dense(dy), *saved, ctx.num_groups, ctx.silu)
         operands = saved[1:6]
         small = [None if t is None else d.to(t.dtype) for t, d in zip(operands, small, strict=True)]
@@ -120,9 +130,9 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        _refuse_double_backward("attention", ctx.backend, ctx.saved_tensors)
         bwd = dispatch.function("attention", "bwd", ctx.backend)
         return None, *bwd(dout, *ctx.saved_tensors, ctx.scale), None
 

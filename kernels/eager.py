@@ -29,7 +29,7 @@ def group_norm_silu(x, weight, bias, add, scale, shift, num_groups, eps, silu) -
         h = h * (1 + cast(scale, n, c))
     if shift is not None:
         h = h + cast(shift, n, c)
-    return F.silu(h) if silu else h
+    return (F.silu(h) if silu else h).to(x.dtype)  # CUDA's autocast computes norms in float32
 
 
 def attention(q, k, v, scale: float) -> Tensor:
@@ -43,9 +43,12 @@ def noise_fwd(out: Tensor, seed: Tensor, step: Tensor, stream: int, offset: int)
 
 def reverse_step_fwd(x, model_out, coeffs, step, seed, noise, clip: float, offset: int) -> Tensor:
     """The sequence of elementwise kernels that samplers usually launch, in float32."""
+    # index_select, not coeffs[step]: that reads the step back from the device.
     n_steps = coeffs.shape[0]
     inside = (step >= 0) & (step < n_steps)
-    row = torch.where(inside, coeffs[step.clamp(0, n_steps - 1).reshape(())], math.nan)
+    row = torch.where(
+        inside, coeffs.index_select(0, step.clamp(0, n_steps - 1).reshape(1))[0], math.nan
+    )
     a, b, c, d, s = row.unbind()
     state = x.float()
     x0 = a * state + b * model_out.float()

@@ -46,6 +46,13 @@ def _log(u):
 
 
 @triton.jit
+def _with_sign(x, negative):
+    """-x where `negative`, else x."""
+    flip = tl.where(negative, 1, 0).to(tl.uint32) << 31
+    return (x.to(tl.uint32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _box_muller(w_even, w_odd):
     """Two blocks of uint32 words → two blocks of normals."""
     u = ((w_even >> 9) * 2 + 1).to(tl.float32) * 5.9604644775390625e-8
@@ -61,8 +68,9 @@ def _box_muller(w_even, w_odd):
     odd = (q & 1) == 1
     cos = tl.where(odd, s, c)
     sin = tl.where(odd, c, s)
-    cos = tl.where((q == 1) | (q == 2), -cos, cos)
-    sin = tl.where(q >= 2, -sin, sin)
+    # Signs by bit: Triton 3.6's interpreter takes -x for 0 - x, which loses the sign of a zero.
+    cos = _with_sign(cos, (q == 1) | (q == 2))
+    sin = _with_sign(sin, q >= 2)
     return r * cos, r * sin
 
 

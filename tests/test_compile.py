@@ -39,8 +39,11 @@ def call(op: str, impl: str):
         leaves = [torch.randn(2, 3, 4, 4, device=DEVICE) for _ in range(2)]
         coeffs = torch.rand(10, 5, device=DEVICE)
 
+        step = torch.tensor(3, device=DEVICE)
+
         def function(x, out):
-            return ops.reverse_step(x * 1, out, coeffs, 3, key=5, impl=impl)
+            x = ops.reverse_step(x * 1, out, coeffs, step, key=5, impl=impl)
+            return ops.reverse_step(x, out, coeffs, 3, key=5, impl=impl)
 
     else:
         leaves = [torch.randn(2, 3, 4, 4, device=DEVICE)]

@@ -90,6 +90,8 @@ LARGE = {
     "planes in pieces": ((1, 4, 128, 129), 2),
     "odd planes in pieces": ((1, 2, 181, 183), 2),
     "groups in pieces": ((1, 1600, 3, 1), 2),
+    "groups in pieces, batch": ((2, 1000, 2, 2), 1),
+    "an empty last piece": ((1, 2, 129, 127), 1),
     "slabs in pieces": ((2, 24, 50, 52), 4),
     "wide groups": ((1, 1536, 5, 2), 2),
     "wide odd groups": ((1, 1030, 3, 3), 2),

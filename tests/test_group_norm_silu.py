@@ -250,6 +250,22 @@ def test_only_some_gradients(impl):
     assert torch.equal(weight.grad, other.grad)
 
 
+def test_a_second_derivative_is_right_or_refused(impl):
+    x = torch.randn(2, 8, 4, 4, device=DEVICE, requires_grad=True)
+    c = torch.randn(2, 8, 4, 4, device=DEVICE)
+
+    def second():
+        y = ops.group_norm_silu(x, None, None, 2, impl=impl)
+        (g,) = torch.autograd.grad((y * c).sum(), x, create_graph=True)
+        return torch.autograd.grad((g * g).sum(), x)[0]
+
+    if impl == "eager":
+        assert second().abs().max() > 0
+    else:
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            second()
+
+
 def test_gradcheck_float64():
     inputs = make_inputs((2, 6, 3, 3), torch.float64, ("add", "scale", "shift"))
     names = list(inputs)

@@ -82,7 +82,10 @@ __global__ void __launch_bounds__(kMaxThreads)
     if (stage == Stage::stats) {
       if (writer) {
         float* partial = partials + 3 * (at.row * tile.c_parts * tile.s_parts + at.part);
-        partial[0] = count, partial[1] = m + correction, partial[2] = m2;
+        // An empty piece has no mean: 0 / 0 would reach the others through the merge.
+        const bool empty = !(count > 0.0f);
+        partial[0] = count, partial[1] = empty ? 0.0f : m + correction;
+        partial[2] = empty ? 0.0f : m2;
       }
       return;
     }

@@ -126,7 +126,8 @@ struct PlanePlace {
     row = unit / tile.s_parts / tile.c_parts;
     const int64_t in_group = c_part * tile.channels + local;
     active = unit < tile.units && local < tile.channels && in_group < group;
-    n = active ? row / p.G : 0;
+    // Idle lanes belong to their warp's sample too: group_sums adds over whole warps.
+    n = unit < tile.units ? row / p.G : 0;
     c = active ? row % p.G * group + in_group : 0;
   }
 };
