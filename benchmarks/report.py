@@ -21,7 +21,7 @@ HEADLINE = (
 )
 NOTES = (
     "Medians; below 1 in a × column we lose. Each × comes from a pair timed in turns; `ours` is",
-    "from the turn with eager, so × compile is not compile µs over ours. For reverse_step and noise,",
+    "from the turn with eager, not with compile. For reverse_step and noise,",
     "eager and compile draw with torch.randn. The allocator keeps freed blocks, for all contenders",
     "alike (benchmarks/conftest.py).",
 )
