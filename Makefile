@@ -4,6 +4,7 @@
 #   TORCH='torch==2.13.0 --index-url …'   the torch build, as pip writes it
 #   VENV=none                  use the current environment as it is, without any network
 #   RUN=runs/fashion-mnist     where `make train` puts its run; ARGS='--loss huber' adds options
+#   RESULT=cpu                 name of the file that `make bench` writes in benchmarks/results
 #   MAX_JOBS=2                 compilers at a time
 
 PYTHON ?= python3
@@ -11,6 +12,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 RUN ?= runs/fashion-mnist
 ARGS ?=
+RESULT ?= cpu
 MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export MAX_JOBS
 
@@ -50,7 +52,7 @@ venv: $(PACKAGES_STAMP)
 build: $(BUILD_STAMP)
 
 bench: build
-	$(PY) -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.json $(ARGS)
+	$(PY) -m pytest benchmarks --benchmark-json=benchmarks/results/$(RESULT).json $(ARGS)
 	$(PY) benchmarks/report.py
 
 # On a machine with a GPU: the whole test suite on the device, then the benchmarks.

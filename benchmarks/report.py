@@ -14,6 +14,7 @@ HEADLINE = (
     "bench_forward[32x128x32x32-bf16-channels_last]",
     "bench_forward[32x128x32x32-fp32-contiguous]",
     "bench_forward[1x128x32x32-bf16-channels_last]",
+    "bench_forward[32x256x4x4-fp32-contiguous]",
     "bench_backward[32x128x32x32-bf16-channels_last]",
     "bench_reverse_step[64x1x28x28]",
     "bench_reverse_step[128x3x32x32]",
@@ -29,12 +30,15 @@ COLUMNS = "| case | ours µs | eager µs | compile µs | × eager | × compile |
 
 
 def load() -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    """Every run, the longest-named last: cpu.json before its repetitions."""
+    paths = sorted(RESULTS.glob("*.json"), key=lambda path: (len(path.stem), path.stem))
+    return [{"file": path.name, **json.loads(path.read_text())} for path in paths]
 
 
 def device(result: dict) -> str:
     m = result["machine_info"]
-    return f"{m['cpu']}, {m['capability']}, {m['threads']} threads; torch {m['torch']}"
+    machine = f"{m['cpu']}, {m['capability']}, {m['threads']} threads; torch {m['torch']}"
+    return f"{machine} ({result['file']})"
 
 
 def row(benchmark: dict) -> str:
