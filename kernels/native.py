@@ -47,22 +47,19 @@ def available() -> str | None:
 
 def refusals(op: str, *args) -> list[str]:
     """Why this call cannot be served; empty when it can. args: those of <op>_fwd."""
-    name = f"{op}_fwd"
-    if name not in OPS:
+    if f"{op}_fwd" not in OPS:
         return [f"has no {op} kernel"]
     if _REASON is not None:
         return [_REASON]
-    x = args[0]
-    reasons = []
-    if x.device.type not in ("cpu", "cuda"):
-        reasons.append(f"needs a CPU or CUDA tensor, got {x.device.type}")
-    elif x.device.type == "cuda" and not has_cuda():
-        reasons.append("was built without CUDA (no toolkit with nvcc was found then)")
-    for tensor in args:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype not in DTYPES:
-            reasons.append(f"needs float32, bfloat16 or float16, got {tensor.dtype}")
-            break
-    return reasons
+    device = args[0].device.type
+    if device == "cuda" and not has_cuda():
+        return ["was built without CUDA (no toolkit with nvcc was found then)"]
+    if device not in ("cpu", "cuda"):
+        return [f"needs a CPU or CUDA tensor, got {device}"]
+    for t in args:
+        if isinstance(t, Tensor) and t.dtype not in DTYPES and t.is_floating_point():
+            return [f"needs float32, bfloat16 or float16, got {t.dtype}"]
+    return []
 
 
 def has_cuda() -> bool:

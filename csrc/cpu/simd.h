@@ -213,25 +213,40 @@ ENGINE_INLINE void prefetch2(const T* p) {
 
 // Floats in natural order to and from the order of T's pairs.
 template <class T>
-ENGINE_INLINE Pair order2(const float* p, int64_t n) {
+ENGINE_INLINE Pair order2(const float* p) {
+  if constexpr (!kInterleaved<T>) return {load(p), load(p + W)};
+#if ENGINE_LEVEL == 2
+  const __m512i even = (__m512i)(I{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30});
+  const __m512 lo = (__m512)load(p), hi = (__m512)load(p + W);
+  return {(F)_mm512_permutex2var_ps(lo, even, hi),
+          (F)_mm512_permutex2var_ps(lo, (__m512i)((I)even + 1), hi)};
+#else
   Pair v;
-  for (int i = 0; i < W; ++i) {
-    const int a = kInterleaved<T> ? 2 * i : i;
-    const int b = kInterleaved<T> ? 2 * i + 1 : W + i;
-    v.a[i] = a < n ? p[a] : 0.0f;
-    v.b[i] = b < n ? p[b] : 0.0f;
-  }
+  for (int i = 0; i < W; ++i) v.a[i] = p[2 * i], v.b[i] = p[2 * i + 1];
   return v;
+#endif
+}
+// The first n < 2 W of them; the other lanes are 0.
+template <class T>
+ENGINE_INLINE Pair order2(const float* p, int64_t n) {
+  float copy[W2] = {};
+  __builtin_memcpy(copy, p, n * sizeof(float));
+  return order2<T>(copy);
 }
 template <class T>
 ENGINE_INLINE void unorder2(float* p, Pair v) {
-  float a[W], b[W];
-  write(a, v.a);
-  write(b, v.b);
-  for (int i = 0; i < W; ++i) {
-    p[kInterleaved<T> ? 2 * i : i] = a[i];
-    p[kInterleaved<T> ? 2 * i + 1 : W + i] = b[i];
+  if constexpr (!kInterleaved<T>) {
+    write(p, v.a);
+    write(p + W, v.b);
+    return;
   }
+#if ENGINE_LEVEL == 2
+  const __m512i low = (__m512i)(I{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+  write(p, (F)_mm512_permutex2var_ps((__m512)v.a, low, (__m512)v.b));
+  write(p + W, (F)_mm512_permutex2var_ps((__m512)v.a, (__m512i)((I)low + 8), (__m512)v.b));
+#else
+  for (int i = 0; i < W; ++i) p[2 * i] = v.a[i], p[2 * i + 1] = v.b[i];
+#endif
 }
 
 // Zeroes the lanes of elements n and beyond.

@@ -1,0 +1,283 @@
+// GroupNorm, modulation and SiLU on the CPU, backward (forward: group_norm_silu.cpp).
+//
+// dv = dy * act'(v); A, B, X = sums over S of dv, dv * xhat, xhat per (n, c);
+// dx = rstd * (g * dv - (S1 + xhat * S2) / M), g = weight * (1 + scale), S1 and S2 the sums over
+// the group of g * A and g * B, M = C/G * S. All other gradients follow from A, B, X.
+// dv costs a sigmoid, so the first pass keeps it for the second: float32 in dx, 16-bit types in a
+// buffer of one unit per thread (4 bytes per element, in L2) unless the unit is too large for that.
+// Parallel: as the forward. Fixed order of sums, one writer per value.
+// Bound: 3 elements of x's dtype per element from memory; in 16-bit types arithmetic.
+#include <vector>
+
+#include "group_norm_silu.h"
+#include "group_norm_silu_units.h"
+#include "isa.h"
+#define ENGINE_KERNELS "group_norm_silu_bwd_loops.h"
+#include "foreach_isa.h"
+
+namespace engine {
+namespace {
+
+constexpr int64_t kKept = 196608;  // floats of dv that a thread keeps: 768 KB of a 2 MB L2
+
+// One buffer per thread, for good: fresh memory would cost a page fault per 4 KB in every call.
+float* kept_buffer() {
+  thread_local std::unique_ptr<float[]> buffer(new float[kKept]);
+  return buffer.get();
+}
+
+class Backward {
+ public:
+  Backward(const GroupNormSilu& p, const void* dy, const float* mean, const float* rstd,
+           float* workspace, const GroupNormSiluGrads& grads)
+      : cut_(p),
+        loops_(ENGINE_PICK(group_norm_grad_loops)(p.dtype)),
+        p_(p),
+        dy_(dy),
+        mean_(mean),
+        rstd_(rstd),
+        A_(workspace),
+        B_(workspace + p.N * p.C),
+        grads_(grads),
+        group_sums_(new double[2 * p.N * p.G]),
+        width_(3 * cut_.channels),
+        row_(p.channels_last ? p.C : p.S),
+        single_(p.C == p.G && p.S == 1) {}
+
+  void run(const ParallelFor& parallel_for) {
+    cut_.pieces == 1 ? run_whole(parallel_for) : run_pieces(parallel_for);
+    if (grads_.dweight || grads_.dbias) {
+      parallel_for(p_.C, grain_of(p_.N),
+                   [&](int64_t begin, int64_t end) { channel_gradients(begin, end); });
+    }
+  }
+
+ private:
+  // Where a first pass leaves dv; null: nowhere, the second computes it again.
+  struct Kept {
+    float* dv;
+    int64_t row;
+  };
+
+  void run_whole(const ParallelFor& parallel_for) {
+    const int64_t padded = (row_ + loops_.pair - 1) / loops_.pair * loops_.pair;
+    const bool fits = cut_.elements() / row_ * padded <= kKept;
+    parallel_for(cut_.units, grain_of(cut_.elements()), [&](int64_t begin, int64_t end) {
+      Parameters parameters(cut_, loops_.to_float);
+      std::unique_ptr<double[]> sums(new double[width_]);
+      Kept kept{p_.silu && fits && p_.dtype != DType::f32 ? kept_buffer() : nullptr, padded};
+      for (int64_t unit = begin; unit < end; ++unit) {
+        if (p_.dtype == DType::f32) kept = in_dx(unit, 0);
+        affine(unit, parameters);
+        sum(unit, 0, parameters, sums.get(), kept);
+        combine(unit, sums.get(), parameters);
+        apply(unit, 0, parameters, unit + 1 < end, kept);
+      }
+    });
+  }
+
+  void run_pieces(const ParallelFor& parallel_for) {
+    const int64_t pieces = cut_.pieces, items = cut_.units * pieces;
+    const auto kept = [&](int64_t unit, int64_t k) {
+      return p_.dtype == DType::f32 ? in_dx(unit, k) : Kept{nullptr, 0};
+    };
+    std::unique_ptr<double[]> sums(new double[items * width_]);
+    parallel_for(items, 1, [&](int64_t begin, int64_t end) {
+      Parameters parameters(cut_, loops_.to_float);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t unit = item / pieces, k = item % pieces;
+        affine(unit, parameters);
+        sum(unit, k, parameters, sums.get() + item * width_, kept(unit, k));
+      }
+    });
+    parallel_for(cut_.units, grain_of(pieces * width_), [&](int64_t begin, int64_t end) {
+      Parameters parameters(cut_, loops_.to_float);
+      for (int64_t unit = begin; unit < end; ++unit) {
+        affine(unit, parameters);
+        combine(unit, sums.get() + unit * pieces * width_, parameters);
+      }
+    });
+    parallel_for(items, 1, [&](int64_t begin, int64_t end) {
+      Parameters parameters(cut_, loops_.to_float);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t unit = item / pieces, k = item % pieces;
+        affine(unit, parameters);
+        apply(unit, k, parameters, false, kept(unit, k));
+      }
+    });
+  }
+
+  Kept in_dx(int64_t unit, int64_t k) const {
+    float* dx = reinterpret_cast<float*>(cut_.unit_of(grads_.dx, unit));
+    return {p_.channels_last ? dx + cut_.begin(k) * p_.C : dx, row_};
+  }
+
+  void affine(int64_t unit, Parameters& s) {
+    s.load(unit);
+    const int64_t D = p_.C / p_.G;
+    for (int64_t g = 0; g < cut_.groups; ++g) {
+      const int64_t i = unit * cut_.groups + g;
+      s.affine(g * D, (g + 1) * D, mean_[i], rstd_[i], 1.0f);
+      for (int64_t c = g * D; single_ && c < (g + 1) * D; ++c) {
+        s.a[c] = 0, s.b[c] = plain(s.offset(c));
+      }
+    }
+  }
+
+  void sum(int64_t unit, int64_t k, const Parameters& s, double* out, Kept kept) {
+    const char *x = cut_.unit_of(p_.x, unit), *dy = cut_.unit_of(dy_, unit);
+    const int64_t begin = cut_.begin(k), end = cut_.end(k), skip = cut_.row_bytes(begin);
+    for (int64_t i = 0; i < width_; ++i) out[i] = 0;
+    if (p_.channels_last) {
+      loops_.columns_sums(x + skip, dy + skip, end - begin, p_.C, s.t, s.a, s.b, p_.silu, out,
+                          kept.dv, kept.row);
+    } else {
+      loops_.slab_sums(x, dy, begin, end, p_.S, s.t, s.a, s.b, p_.silu, out, kept.dv, kept.row);
+    }
+  }
+
+  // A, B, X of the unit's channels, the group sums, and the gradients of the (N, C) operands.
+  void combine(int64_t unit, double* sums, const Parameters& s) {
+    for (int64_t k = 1; k < cut_.pieces; ++k) {
+      for (int64_t i = 0; i < width_; ++i) sums[i] += sums[k * width_ + i];
+    }
+    const int64_t D = p_.C / p_.G, first = cut_.sample(unit) * p_.C + cut_.first_channel(unit);
+    const int64_t row = p_.channels_last ? 1 : 3, column = p_.channels_last ? p_.C : 1;
+    const double M = static_cast<double>(D) * p_.S;
+    for (int64_t g = 0; g < cut_.groups; ++g) {
+      const int64_t group = unit * cut_.groups + g;
+      const double mean = mean_[group], rstd = rstd_[group];
+      double S1 = 0, S2 = 0;
+      for (int64_t c = g * D; c < (g + 1) * D; ++c) {
+        double* abx = sums + c * row;
+        const double rest = s.rest(c, mean);
+        const double A = abx[0], B = single_ ? 0 : rstd * (abx[column] + rest * A);
+        abx[column] = B;
+        abx[2 * column] = single_ ? 0 : rstd * (abx[2 * column] + rest * p_.S);
+        S1 += s.gain(c) * A;
+        S2 += s.gain(c) * B;
+        A_[first + c] = static_cast<float>(A);
+        B_[first + c] = static_cast<float>(B);
+        if (grads_.dshift) grads_.dshift[first + c] = static_cast<float>(A);
+        if (grads_.dscale) {
+          grads_.dscale[first + c] = static_cast<float>(s.weight[c] * B + s.bias[c] * A);
+        }
+      }
+      group_sums_[2 * group] = S1 / M;
+      group_sums_[2 * group + 1] = S2 / M;
+      if (grads_.dadd == nullptr) continue;
+      for (int64_t c = g * D; c < (g + 1) * D; ++c) {
+        const double A = sums[c * row], X = sums[c * row + 2 * column];
+        grads_.dadd[first + c] =
+            static_cast<float>(rstd * (s.gain(c) * A - (p_.S * S1 + X * S2) / M));
+      }
+    }
+  }
+
+  void apply(int64_t unit, int64_t k, Parameters& s, bool more, Kept kept) {
+    const int64_t D = p_.C / p_.G;
+    for (int64_t g = 0; g < cut_.groups; ++g) {
+      const int64_t group = unit * cut_.groups + g;
+      const double mean = mean_[group], rstd = rstd_[group];
+      const double S1 = group_sums_[2 * group], S2 = group_sums_[2 * group + 1];
+      for (int64_t c = g * D; c < (g + 1) * D; ++c) {
+        const double rest = s.rest(c, mean);
+        s.p[c] = plain(rstd * s.gain(c));
+        s.q[c] = plain(rstd * (S1 + rest * rstd * S2));
+        s.r[c] = plain(rstd * rstd * S2);
+        if (single_) s.p[c] = s.q[c] = s.r[c] = 0;
+      }
+    }
+    const char *x = cut_.unit_of(p_.x, unit), *dy = cut_.unit_of(dy_, unit);
+    const char* x_ahead = more ? cut_.unit_of(p_.x, unit + 1) : nullptr;
+    const char* dy_ahead = more ? cut_.unit_of(dy_, unit + 1) : nullptr;
+    char* dx = cut_.unit_of(grads_.dx, unit);
+    const int64_t begin = cut_.begin(k), end = cut_.end(k), skip = cut_.row_bytes(begin);
+    if (p_.channels_last) {
+      loops_.columns_apply(x + skip, dy + skip, dx + skip, end - begin, p_.C, s.t, s.a, s.b, s.p,
+                           s.q, s.r, p_.silu, kept.dv, kept.row, x_ahead, dy_ahead);
+    } else {
+      loops_.slab_apply(x, dy, dx, begin, end, p_.S, s.t, s.a, s.b, s.p, s.q, s.r, p_.silu, kept.dv,
+                        kept.row, x_ahead, dy_ahead);
+    }
+  }
+
+  // dweight = sum_n (1 + scale) * B, dbias = sum_n (1 + scale) * A
+  void channel_gradients(int64_t begin, int64_t end) {
+    const int64_t count = end - begin;
+    std::vector<float> scale(count, 0.0f);
+    std::vector<double> dweight(count, 0.0), dbias(count, 0.0);
+    for (int64_t n = 0; n < p_.N; ++n) {
+      if (p_.scale.data) {
+        const int64_t skip = n * p_.scale.row_stride + begin;
+        loops_.to_float(scale.data(),
+                        static_cast<const char*>(p_.scale.data) + skip * size_of(p_.scale.dtype),
+                        p_.scale.dtype, count);
+      }
+      for (int64_t c = 0; c < count; ++c) {
+        dweight[c] += (1.0 + scale[c]) * B_[n * p_.C + begin + c];
+        dbias[c] += (1.0 + scale[c]) * A_[n * p_.C + begin + c];
+      }
+    }
+    for (int64_t c = 0; c < count; ++c) {
+      if (grads_.dweight) grads_.dweight[begin + c] = static_cast<float>(dweight[c]);
+      if (grads_.dbias) grads_.dbias[begin + c] = static_cast<float>(dbias[c]);
+    }
+  }
+
+  const Cut cut_;
+  const GroupNormGradLoops& loops_;
+  const GroupNormSilu& p_;
+  const void* dy_;
+  const float *mean_, *rstd_;
+  float *A_, *B_;  // (N, C)
+  const GroupNormSiluGrads& grads_;
+  std::unique_ptr<double[]> group_sums_;  // (N, G, 2): S1 / M, S2 / M
+  int64_t width_;                         // doubles of sums per piece
+  int64_t row_;                           // elements of a row
+  bool single_;  // groups of one element: xhat and dx are 0, exactly, though rstd is large
+};
+
+// (N, rows, columns) -> (N, columns, rows), in tiles that stay in cache.
+template <class T>
+void transpose(const T* from, T* to, int64_t N, int64_t rows, int64_t columns,
+               const ParallelFor& parallel_for) {
+  constexpr int64_t kTile = 32;
+  const int64_t tiles = (rows + kTile - 1) / kTile;
+  parallel_for(N * tiles, grain_of(kTile * columns), [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t base = item / tiles * rows * columns, r0 = item % tiles * kTile;
+      const int64_t r1 = r0 + kTile < rows ? r0 + kTile : rows;
+      for (int64_t c0 = 0; c0 < columns; c0 += kTile) {
+        const int64_t c1 = c0 + kTile < columns ? c0 + kTile : columns;
+        for (int64_t c = c0; c < c1; ++c) {
+          for (int64_t r = r0; r < r1; ++r) to[base + c * rows + r] = from[base + r * columns + c];
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void group_norm_silu_bwd_cpu(const GroupNormSilu& p, const void* dy, bool dy_channels_last,
+                             const float* mean, const float* rstd, float* workspace,
+                             const GroupNormSiluGrads& grads, const ParallelFor& parallel_for) {
+  std::unique_ptr<char[]> copy;
+  if (dy_channels_last != p.channels_last) {  // rare: bring dy into the layout of x
+    const int64_t rows = dy_channels_last ? p.S : p.C, columns = dy_channels_last ? p.C : p.S;
+    const int64_t size = size_of(p.dtype);
+    copy.reset(new char[p.N * rows * columns * size]);
+    if (size == 4) {
+      transpose(static_cast<const uint32_t*>(dy), reinterpret_cast<uint32_t*>(copy.get()), p.N,
+                rows, columns, parallel_for);
+    } else {
+      transpose(static_cast<const uint16_t*>(dy), reinterpret_cast<uint16_t*>(copy.get()), p.N,
+                rows, columns, parallel_for);
+    }
+    dy = copy.get();
+  }
+  Backward(p, dy, mean, rstd, workspace, grads).run(parallel_for);
+}
+
+}  // namespace engine

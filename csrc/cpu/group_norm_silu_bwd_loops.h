@@ -1,0 +1,248 @@
+// The loops of GroupNormGradLoops (group_norm_silu.h) for one instruction set.
+#include "group_norm_silu_simd.h"
+
+// Where the second pass takes dv from: dy itself (no activation), a sigmoid, or the first pass.
+enum class Dv { kIdentity, kSilu, kStored };
+
+// dv = dy * s * (1 + v * (1 - s)) = dy * (v * s * (1 - s) + s)
+template <class T>
+ENGINE_INLINE F silu_gradient(F v, F dy) {
+  const F s = sigmoid<T>(v);
+  return dy * fma(v * s, 1.0f - s, s);
+}
+template <class T, bool kSilu>
+ENGINE_INLINE Pair gradient(Pair v, Pair dy) {
+  if constexpr (!kSilu) return dy;
+  return {silu_gradient<T>(v.a, dy.a), silu_gradient<T>(v.b, dy.b)};
+}
+
+ENGINE_INLINE Pair negative(Pair v) { return {-v.a, -v.b}; }
+
+// dv of a Pair of T, in the order of T's Pairs; n of its elements count, 0 for all. In float32 dv
+// lies in dx, where nothing beyond a row may be touched; else rows are padded.
+template <class T>
+ENGINE_INLINE void keep_dv(float* dv, Pair v, int64_t n) {
+  store2_tail(dv, v, std::is_same_v<T, float> ? n : 0);
+}
+template <class T>
+ENGINE_INLINE Pair kept_dv(const float* dv, int64_t n) {
+  return load2_tail(dv, std::is_same_v<T, float> ? n : 0);
+}
+
+// ---- Contiguous ---------------------------------------------------------------------------------
+
+template <class T, bool kSilu>
+void slab_sums(const T* x, const T* dy, int64_t i0, int64_t i1, int64_t S, const float* t,
+               const float* a, const float* b, double* out, float* dv_rows, int64_t dv_row) {
+  for (int64_t row = i0 / S; i0 < i1; ++row) {
+    const Pair shift = set2(t[row]), gain = set2(a[row]), bias = set2(b[row]);
+    const int64_t row_end = (row + 1) * S < i1 ? (row + 1) * S : i1;
+    float* dvs = kSilu && dv_rows ? dv_rows + row * (dv_row - S) : nullptr;
+    while (i0 < row_end) {
+      const int64_t end = row_end - i0 > kFlush * W2 ? i0 + kFlush * W2 : row_end;
+      Pair sum0 = set2(0), sum1 = set2(0), sum2 = set2(0);
+      for (; i0 + W2 <= end; i0 += W2) {
+        const Pair d = load2(x + i0) + shift;
+        const Pair dv = gradient<T, kSilu>(fma(d, gain, bias), load2(dy + i0));
+        if (dvs) keep_dv<T>(dvs + i0, dv, 0);
+        sum0 = sum0 + dv;
+        sum1 = fma(dv, d, sum1);
+        sum2 = sum2 + d;
+      }
+      const int64_t n = end - i0;
+      if (n == W) {  // 4 x 4 pictures: half a Pair would be computed for nothing
+        const F d = load(x + i0) + shift.a;
+        F dv = load(dy + i0);
+        if constexpr (kSilu) dv = silu_gradient<T>(fma(d, gain.a, bias.a), dv);
+        if (dvs) write(dvs + i0, dv);
+        sum0.a = sum0.a + dv;
+        sum1.a = fma(dv, d, sum1.a);
+        sum2.a = sum2.a + d;
+      } else if (n > 0) {
+        const Pair d = keep<T>(load2(x + i0, n) + shift, n);
+        const Pair dv = keep<T>(gradient<T, kSilu>(fma(d, gain, bias), load2(dy + i0, n)), n);
+        if (dvs) keep_dv<T>(dvs + i0, dv, n);
+        sum0 = sum0 + dv;
+        sum1 = fma(dv, d, sum1);
+        sum2 = sum2 + d;
+      }
+      i0 = end;
+      out[3 * row] += total(sum0);
+      out[3 * row + 1] += total(sum1);
+      out[3 * row + 2] += total(sum2);
+    }
+  }
+}
+template <class T>
+void slab_sums(const void* x, const void* dy, int64_t i0, int64_t i1, int64_t S, const float* t,
+               const float* a, const float* b, bool silu, double* out, float* dv, int64_t dv_row) {
+  const auto run = silu ? slab_sums<T, true> : slab_sums<T, false>;
+  run(static_cast<const T*>(x), static_cast<const T*>(dy), i0, i1, S, t, a, b, out, dv, dv_row);
+}
+
+template <class T, Dv kDv>
+ENGINE_INLINE Pair second_dv(Pair d, Pair gain, Pair bias, const T* dy, const float* dv,
+                             int64_t n) {
+  if constexpr (kDv == Dv::kStored) return kept_dv<T>(dv, n);
+  return gradient<T, kDv == Dv::kSilu>(fma(d, gain, bias), load2_tail(dy, n));
+}
+
+template <class T, Dv kDv>
+void slab_grad(const T* x, const T* dy, T* dx, int64_t i0, int64_t i1, int64_t S, const float* t,
+               const float* a, const float* b, const float* p, const float* q, const float* r,
+               const float* dv_rows, int64_t dv_row, const T* x_ahead, const T* dy_ahead) {
+  for (int64_t row = i0 / S; i0 < i1; ++row) {
+    const Pair shift = set2(t[row]), gain = set2(a[row]), bias = set2(b[row]);
+    const Pair slope = set2(p[row]), minus_q = set2(-q[row]), minus_r = set2(-r[row]);
+    const int64_t end = (row + 1) * S < i1 ? (row + 1) * S : i1;
+    const float* dvs = kDv == Dv::kStored ? dv_rows + row * (dv_row - S) : nullptr;
+    for (; i0 < end; i0 += W2) {
+      const int64_t n = end - i0 < W2 ? end - i0 : 0;
+      if (n == W) {  // as in the first pass
+        const F d = load(x + i0) + shift.a;
+        F dv;
+        if constexpr (kDv == Dv::kStored) dv = load(dvs + i0);
+        if constexpr (kDv == Dv::kIdentity) dv = load(dy + i0);
+        if constexpr (kDv == Dv::kSilu)
+          dv = silu_gradient<T>(fma(d, gain.a, bias.a), load(dy + i0));
+        store(dx + i0, fma(slope.a, dv, fma(d, minus_r.a, minus_q.a)));
+        break;
+      }
+      if (x_ahead) {
+        prefetch2(x_ahead + i0);
+        prefetch2(dy_ahead + i0);
+      }
+      const Pair d = load2_tail(x + i0, n) + shift;
+      const Pair dv = second_dv<T, kDv>(d, gain, bias, dy + i0, dvs ? dvs + i0 : nullptr, n);
+      store2_tail(dx + i0, fma(slope, dv, fma(d, minus_r, minus_q)), n);
+    }
+    i0 = end;
+  }
+}
+template <class T>
+void slab_grad(const void* x, const void* dy, void* dx, int64_t i0, int64_t i1, int64_t S,
+               const float* t, const float* a, const float* b, const float* p, const float* q,
+               const float* r, bool silu, const float* dv, int64_t dv_row, const void* x_ahead,
+               const void* dy_ahead) {
+  const auto run = !silu ? slab_grad<T, Dv::kIdentity>
+                   : dv  ? slab_grad<T, Dv::kStored>
+                         : slab_grad<T, Dv::kSilu>;
+  run(static_cast<const T*>(x), static_cast<const T*>(dy), static_cast<T*>(dx), i0, i1, S, t, a, b,
+      p, q, r, dv, dv_row, static_cast<const T*>(x_ahead), static_cast<const T*>(dy_ahead));
+}
+
+// ---- Channels last ------------------------------------------------------------------------------
+
+#if ENGINE_LEVEL == 2
+constexpr int kGradBlock = 2;
+#else
+constexpr int kGradBlock = 1;
+#endif
+
+template <class T, bool kSilu, int K>
+ENGINE_INLINE void columns_sums_block(const T* x, const T* dy, int64_t rows, int64_t C, int64_t n,
+                                      const float* t, const float* a, const float* b, double* out0,
+                                      double* out1, double* out2, float* dvs, int64_t dv_row) {
+  Pair shift[K], gain[K], bias[K], sum0[K] = {}, sum1[K] = {}, sum2[K] = {};
+  parameters<T, K>(shift, t, n);
+  parameters<T, K>(gain, a, n);
+  parameters<T, K>(bias, b, n);
+  for (int64_t s = 0; s < rows;) {
+    const int64_t end = rows - s > kFlush ? s + kFlush : rows;
+    for (; s < end; ++s) {
+      ENGINE_UNROLL
+      for (int k = 0; k < K; ++k) {
+        const int64_t i = s * C + k * W2;
+        const Pair d = load2_tail(x + i, n) + shift[k];
+        const Pair dv = gradient<T, kSilu>(fma(d, gain[k], bias[k]), load2_tail(dy + i, n));
+        if (kSilu && dvs) keep_dv<T>(dvs + s * dv_row + k * W2, dv, n);
+        sum0[k] = sum0[k] + dv;
+        sum1[k] = fma(dv, d, sum1[k]);
+        sum2[k] = sum2[k] + d;
+      }
+    }
+    flush<T, K>(out0, sum0, n);
+    flush<T, K>(out1, sum1, n);
+    flush<T, K>(out2, sum2, n);
+  }
+}
+template <class T, bool kSilu>
+void columns_sums(const T* x, const T* dy, int64_t rows, int64_t C, const float* t, const float* a,
+                  const float* b, double* out, float* dv, int64_t dv_row) {
+#define ENGINE_CALL(K, c, n)                                                               \
+  columns_sums_block<T, kSilu, K>(x + c, dy + c, rows, C, n, t + c, a + c, b + c, out + c, \
+                                  out + C + c, out + 2 * C + c, dv ? dv + c : nullptr, dv_row)
+  ENGINE_COLUMNS(C, kGradBlock, ENGINE_CALL)
+#undef ENGINE_CALL
+}
+template <class T>
+void columns_sums(const void* x, const void* dy, int64_t rows, int64_t C, const float* t,
+                  const float* a, const float* b, bool silu, double* out, float* dv,
+                  int64_t dv_row) {
+  const auto run = silu ? columns_sums<T, true> : columns_sums<T, false>;
+  run(static_cast<const T*>(x), static_cast<const T*>(dy), rows, C, t, a, b, out, dv, dv_row);
+}
+
+template <class T, Dv kDv, int K>
+ENGINE_INLINE void columns_grad_block(const T* x, const T* dy, T* dx, int64_t rows, int64_t C,
+                                      int64_t n, const float* t, const float* a, const float* b,
+                                      const float* p, const float* q, const float* r,
+                                      const float* dvs, int64_t dv_row, const T* x_ahead,
+                                      const T* dy_ahead) {
+  Pair shift[K], gain[K], bias[K], slope[K], minus_q[K], minus_r[K];
+  parameters<T, K>(shift, t, n);
+  parameters<T, K>(gain, a, n);
+  parameters<T, K>(bias, b, n);
+  parameters<T, K>(slope, p, n);
+  parameters<T, K>(minus_q, q, n);
+  parameters<T, K>(minus_r, r, n);
+  ENGINE_UNROLL
+  for (int k = 0; k < K; ++k) minus_q[k] = negative(minus_q[k]), minus_r[k] = negative(minus_r[k]);
+  for (int64_t s = 0; s < rows; ++s) {
+    ENGINE_UNROLL
+    for (int k = 0; k < K; ++k) {
+      const int64_t i = s * C + k * W2;
+      if (x_ahead) {
+        prefetch2(x_ahead + i);
+        prefetch2(dy_ahead + i);
+      }
+      const Pair d = load2_tail(x + i, n) + shift[k];
+      const float* kept = dvs ? dvs + s * dv_row + k * W2 : nullptr;
+      const Pair dv = second_dv<T, kDv>(d, gain[k], bias[k], dy + i, kept, n);
+      store2_tail(dx + i, fma(slope[k], dv, fma(d, minus_r[k], minus_q[k])), n);
+    }
+  }
+}
+template <class T, Dv kDv>
+void columns_grad(const T* x, const T* dy, T* dx, int64_t rows, int64_t C, const float* t,
+                  const float* a, const float* b, const float* p, const float* q, const float* r,
+                  const float* dv, int64_t dv_row, const T* x_ahead, const T* dy_ahead) {
+#define ENGINE_CALL(K, c, n)                                                                   \
+  columns_grad_block<T, kDv, K>(x + c, dy + c, dx + c, rows, C, n, t + c, a + c, b + c, p + c, \
+                                q + c, r + c, dv ? dv + c : nullptr, dv_row,                   \
+                                x_ahead ? x_ahead + c : nullptr,                               \
+                                dy_ahead ? dy_ahead + c : nullptr)
+  ENGINE_COLUMNS(C, kGradBlock, ENGINE_CALL)
+#undef ENGINE_CALL
+}
+template <class T>
+void columns_grad(const void* x, const void* dy, void* dx, int64_t rows, int64_t C, const float* t,
+                  const float* a, const float* b, const float* p, const float* q, const float* r,
+                  bool silu, const float* dv, int64_t dv_row, const void* x_ahead,
+                  const void* dy_ahead) {
+  const auto run = !silu ? columns_grad<T, Dv::kIdentity>
+                   : dv  ? columns_grad<T, Dv::kStored>
+                         : columns_grad<T, Dv::kSilu>;
+  run(static_cast<const T*>(x), static_cast<const T*>(dy), static_cast<T*>(dx), rows, C, t, a, b, p,
+      q, r, dv, dv_row, static_cast<const T*>(x_ahead), static_cast<const T*>(dy_ahead));
+}
+
+template <class T>
+constexpr GroupNormGradLoops grad_loops_of() {
+  return {W2, to_float, slab_sums<T>, slab_grad<T>, columns_sums<T>, columns_grad<T>};
+}
+static const GroupNormGradLoops& group_norm_grad_loops(DType dtype) {
+  static const GroupNormGradLoops table[] = {grad_loops_of<float>(), grad_loops_of<bf16>(),
+                                             grad_loops_of<f16>()};
+  return table[static_cast<int>(dtype)];
+}
