@@ -1,28 +1,27 @@
 """Which back end serves a call, and why the others do not. The only file that imports back ends."""
 
 import importlib.util
+import json
 import os
+from functools import cache
+from pathlib import Path
 
 import torch
 
 IMPLS = ("auto", "eager", "native", "triton")
 
 # What `auto` tries, in order, per device. Triton on a CPU tensor is the interpreter: a test tool,
-# never a choice of `auto`. On CUDA, eager stays first until a committed result from a device shows
-# ours right and faster there; impl= or ENGINE_BACKEND=triton|native asks for ours.
+# never a choice of `auto`. On CUDA, `auto` passes over what has not proved right on that GPU.
 ORDER = {
-    "group_norm_silu": {"cpu": ("native", "eager"), "cuda": ("eager",)},
-    "attention": {"cpu": ("eager",), "cuda": ("eager",)},
-    "reverse_step": {"cpu": ("native", "eager"), "cuda": ("eager",)},
-    "noise": {"cpu": ("native", "eager"), "cuda": ("eager",)},
+    "group_norm_silu": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
+    "attention": {"cpu": ("eager",), "cuda": ("triton", "eager")},
+    "reverse_step": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
+    "noise": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
 }
 
-# What is known of a path beyond "it serves": printed by explain.
-EVIDENCE = {
-    ("native", "cuda"): "emulated, compiled for sm_80, sm_90, sm_100; not yet run on a GPU",
-    ("triton", "cuda"): "interpreted, compiled for sm_80, sm_90, sm_100; not yet run on a GPU",
-    ("triton", "cpu"): "the interpreter: for tests, thousands of times slower than native",
-}
+# GPU name → op → back end → how many cases of the op's tests passed there, and the sources' digest.
+# Written by the tests on a machine with a GPU (tests/proof.py), then committed.
+EVIDENCE_FILE = Path(__file__).with_name("evidence.json")
 
 
 class BackendError(RuntimeError):
@@ -97,6 +96,33 @@ def _wants_gradient(args: tuple) -> bool:
     )
 
 
+@cache
+def _evidence() -> dict:
+    try:
+        return json.loads(EVIDENCE_FILE.read_text())
+    except FileNotFoundError:
+        return {}
+
+
+@torch.compiler.assume_constant_result
+def cases_on(device: torch.device, op: str, backend: str) -> int:
+    """How many cases of the op's tests this back end passed on GPUs of this name; 0: unproved."""
+    proved = _evidence().get(torch.cuda.get_device_name(device), {}).get(op, {})
+    return proved.get(backend, {}).get("cases", 0)
+
+
+def evidence(op: str, backend: str, device: torch.device) -> str:
+    """What is known of a path beyond "it serves"; "" where there is nothing to add."""
+    if backend == "triton" and device.type == "cpu":
+        return "the interpreter: for tests, thousands of times slower than native"
+    if backend == "eager" or device.type != "cuda":
+        return ""
+    passed = cases_on(device, op, backend)
+    if passed:
+        return f"passed {passed} cases on this kind of GPU"
+    return "not yet proved right on this kind of GPU: `make test` on it does, then auto may take it"
+
+
 def pick(op: str, impl: str, *args) -> str:
     """The name of the back end that serves this call.
 
@@ -107,7 +133,10 @@ def pick(op: str, impl: str, *args) -> str:
     if explicit == "native" and op == "attention" and impl == "auto":
         explicit = "auto"
     if explicit == "auto":
-        for backend in ORDER[op].get(args[0].device.type, ("eager",)):
+        device = args[0].device
+        for backend in ORDER[op].get(device.type, ("eager",)):
+            if device.type == "cuda" and backend != "eager" and not cases_on(device, op, backend):
+                continue
             if not refusals(op, backend, args):
                 return backend
         return "eager"
@@ -133,8 +162,8 @@ def table(op: str, *args) -> str:
     for backend in IMPLS[1:]:
         reasons = refusals(op, backend, args)
         verdict = "refuses: " + "; ".join(reasons) if reasons else "serves"
-        evidence = EVIDENCE.get((backend, device)) if not reasons else None
-        note = f" ({evidence})" if evidence else ""
+        known = "" if reasons else evidence(op, backend, x.device)
+        note = f" ({known})" if known else ""
         lines.append(f"  {backend:7s}{verdict}{note}{arrow if backend == chosen else ''}")
     return "\n".join(lines)
 

@@ -146,13 +146,13 @@ def reference(x, operands, groups, eps, silu, dy=None):
 
 @st.composite
 def cases(draw):
-    groups = draw(st.sampled_from([1, 1, 2, 3, 8]))
+    groups = draw(st.sampled_from([1, 2, 3, 8, 32]))
     per_group = draw(st.sampled_from([1, 2, 3, 5, 6, 10, 18]))
     return {
         "n": draw(st.integers(1, 3)),
         "groups": groups,
         "c": groups * per_group,
-        "s": draw(st.sampled_from([1, 4, 49, 63, 64, 1024])),
+        "s": draw(st.sampled_from([1, 4, 8, 16, 48, 49, 63, 64, 1024])),
         "dtype": draw(st.sampled_from(["f32", "bf16", "f16"])),
         "small_dtype": draw(st.sampled_from(["f32", "bf16", "f16"])),
         "channels_last": draw(st.booleans()),
@@ -222,6 +222,31 @@ def test_group_norm_far_from_zero(kernels, channels_last):
     )
     truth = reference(x.astype(np.float64), {}, 3, 1e-5, True)
     assert np.abs(in_layout(y, channels_last) - truth).max() < 2e-5
+
+
+@pytest.mark.parametrize(
+    "shape, channels_last, lonely",
+    [
+        ((1, 1, 65536), False, np.arange(65536) % 8192 < 32),
+        ((1, 1, 262144), False, np.arange(262144) % 32768 < 32),  # in pieces
+        ((1, 4, 16384), True, np.arange(16384) % 1024 == 0),
+        ((1, 4, 65536), True, np.arange(65536) % 4096 == 0),  # in pieces
+    ],
+    ids=["slab", "slab-pieces", "columns", "columns-pieces"],
+)
+def test_group_norm_misled_first_mean(kernels, shape, channels_last, lonely):
+    """The first mean looks at a few elements. Here they alone are large: up to 60 standard
+    deviations from the mean, around which sums of squares cancel to a few digits."""
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    x[:, :, lonely] += 1000
+    y, mean, rstd = kernels.group_norm_silu_fwd(
+        in_layout(x, channels_last), channels_last, {}, 1, 1e-5, True, 2
+    )
+    exact = x.astype(np.float64)
+    assert np.abs(rstd * np.sqrt(exact.var() + 1e-5) - 1).max() < 2e-7
+    assert np.abs(mean - exact.mean()).max() < 1e-6 * exact.std()
+    truth = reference(exact, {}, 1, 1e-5, True)
+    within(in_layout(y, channels_last), truth, EPS["f32"], "y")
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

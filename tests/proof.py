@@ -1,0 +1,59 @@
+"""Writes into engine/evidence.json which back ends passed an op's tests on this GPU."""
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from engine import dispatch
+
+ROOT = Path(__file__).parent.parent
+
+
+def sources(op: str, backend: str) -> list[Path]:
+    """The files whose change makes a proof of this back end's op worthless."""
+    if backend == "triton":
+        shared = ["triton_base.py", "noise.py"] if op == "reverse_step" else ["triton_base.py"]
+        names = {*shared, *(p.name for p in (ROOT / "kernels").glob(f"{op}*.py"))}
+        return sorted(ROOT / "kernels" / name for name in names)
+    found = {ROOT / "csrc/ops.cpp", ROOT / "csrc/kernels.h", ROOT / "csrc/philox.h"}
+    found |= {*(ROOT / "csrc/cuda").glob(f"{op}*"), *(ROOT / "csrc/cuda").glob("*.h")}
+    return sorted(found)
+
+
+def digest(op: str, backend: str) -> str:
+    content = b"".join(path.name.encode() + path.read_bytes() for path in sources(op, backend))
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def record(gpu: str, passed: Counter, failed: Counter, file: Path) -> dict:
+    """passed, failed: cases per (op, back end). What failed anywhere loses its entry."""
+    known = json.loads(file.read_text()) if file.exists() else {}
+    ops = known.setdefault(gpu, {})
+    for op, backend in {*passed, *failed}:
+        if backend not in ("native", "triton"):
+            continue
+        ops.setdefault(op, {}).pop(backend, None)
+        if not failed[op, backend]:
+            ops[op][backend] = {
+                "cases": passed[op, backend],
+                "sources": digest(op, backend),
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "triton": version("triton"),
+            }
+    file.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+    dispatch._evidence.cache_clear()
+    return known

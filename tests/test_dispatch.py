@@ -1,0 +1,72 @@
+"""Which back end `auto` takes: on a GPU only what passed the op's tests on that kind of GPU."""
+
+import json
+from collections import Counter
+
+import proof
+import pytest
+import torch
+
+from engine import dispatch
+
+GPU = "NVIDIA Test GPU"
+OPS = sorted(dispatch.ORDER)
+
+
+class OnGpu:
+    """As much of a CUDA tensor as the choice looks at."""
+
+    device = torch.device("cuda", 0)
+    shape, dtype = (2, 4), torch.float32
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    path = tmp_path / "evidence.json"
+    monkeypatch.setattr(dispatch, "EVIDENCE_FILE", path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
+    monkeypatch.setattr(dispatch, "refusals", lambda op, backend, args: [])
+    monkeypatch.delenv("ENGINE_BACKEND", raising=False)
+    dispatch._evidence.cache_clear()
+    yield path
+    dispatch._evidence.cache_clear()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_unproved_on_this_gpu(file, op):
+    assert dispatch.pick(op, "auto", OnGpu()) == "eager"
+    proof.record("another GPU", Counter({(op, "triton"): 9}), Counter(), file)
+    assert dispatch.pick(op, "auto", OnGpu()) == "eager"
+    assert "not yet proved right" in dispatch.table(op, OnGpu())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_proved_on_this_gpu(file, op):
+    proof.record(GPU, Counter({(op, "triton"): 9, (op, "eager"): 9}), Counter(), file)
+    assert dispatch.pick(op, "auto", OnGpu()) == "triton"
+    assert "passed 9 cases on this kind of GPU" in dispatch.table(op, OnGpu())
+    assert list(json.loads(file.read_text())[GPU][op]) == ["triton"]
+
+
+def test_a_failure_takes_the_proof_away(file):
+    both = Counter({("noise", "triton"): 5, ("noise", "native"): 5})
+    proof.record(GPU, both, Counter(), file)
+    proof.record(GPU, both, Counter({("noise", "triton"): 1}), file)
+    assert dispatch.pick("noise", "auto", OnGpu()) == "native"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_sources(op):
+    """The digest covers the kernel's own files and what they include or import."""
+    assert {f"{op}.py", "triton_base.py"} <= {path.name for path in proof.sources(op, "triton")}
+    if op != "attention":
+        native = {path.name for path in proof.sources(op, "native")}
+        assert {f"{op}.cu", "launch.h", "ops.cpp", "philox.h"} <= native
+
+
+def test_committed_evidence_is_of_these_sources():
+    """A kernel that changed since it ran on a GPU must run there again, or lose its entry."""
+    for gpu, ops in json.loads(dispatch.EVIDENCE_FILE.read_text()).items():
+        for op, proved in ops.items():
+            for backend, entry in proved.items():
+                assert entry["sources"] == proof.digest(op, backend), (gpu, op, backend)
