@@ -1,0 +1,42 @@
+"""The table of back ends for one call."""
+
+import inspect
+
+from torch import Tensor
+
+from .. import dispatch
+from .attention import arguments as attention_arguments
+from .group_norm_silu import arguments as group_norm_silu_arguments
+from .layout import is_dense
+from .noise import arguments as noise_arguments
+from .reverse_step import arguments as reverse_step_arguments
+
+ARGUMENTS = {  # op → its call's arguments as a back end gets them, checked
+    "group_norm_silu": group_norm_silu_arguments,
+    "attention": attention_arguments,
+    "reverse_step": reverse_step_arguments,
+    "noise": noise_arguments,
+}
+
+
+def explain(op: str, *args, **kwargs) -> None:
+    """Prints which back ends would serve ops.<op>(*args, **kwargs), and which one `auto` takes.
+
+    Raises ValueError for an unknown op and for arguments that ops.<op> would refuse too.
+    """
+    if op not in ARGUMENTS:
+        raise ValueError(f"explain: unknown op {op!r}, expected one of {', '.join(ARGUMENTS)}")
+    kwargs.pop("impl", None)
+    signature = inspect.signature(ARGUMENTS[op])
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"explain: {error}, expected {op}{signature}") from None
+    call = ARGUMENTS[op](*args, **kwargs)
+    print(dispatch.table(op, *call))
+    copied = [t for t in call if isinstance(t, Tensor) and t.dim() > 2 and not is_dense(t)]
+    if op in ("group_norm_silu", "reverse_step") and copied:
+        print(
+            f"  note: {len(copied)} tensor(s) neither contiguous nor channels_last (first: strides "
+            f"{copied[0].stride()}); native and triton copy them once"
+        )
