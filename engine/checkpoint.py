@@ -14,6 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .cli import neighbour
+from .device import usable_device
+
 FILE = "checkpoint.safetensors"  # in the run's folder
 FORMAT = 1
 KEY = "diffusion_engine"
@@ -30,7 +33,11 @@ def find(path: str | os.PathLike) -> Path:
     path = Path(path).expanduser()
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
-        hint = f"the folder has no {FILE}" if path.is_dir() else "there is no such file or folder"
+        hint = f"there is no such file or folder{neighbour(path)}"
+        if path.is_dir():
+            inside = sorted(str(found.parent) for found in path.glob(f"*/{FILE}"))
+            runs = f"; there are runs in {', '.join(inside[:5])}" if inside else ""
+            hint = f"the folder has no {FILE}{runs}"
         raise CheckpointError(f"no checkpoint at {path}: {hint}")
     return file
 
@@ -133,8 +140,10 @@ def load(path: str | os.PathLike, *, device: str | torch.device = "cpu"):
     `path` is the run's folder or its checkpoint file. The model has its EMA weights and is in eval
     mode; `config` is the checkpoint's info: "model", "diffusion", "train" (dicts), "step",
     "classes" (names).
-    Raises CheckpointError (a ValueError), one sentence, when the file is missing or unreadable.
+    Raises CheckpointError (a ValueError), one sentence, when the file is missing or unreadable, and
+    ValueError when the device is not there.
     """
+    device = usable_device(device)
     file = find(path)
     tensors, info = read(file)
     model, diffusion = build(tensors, info, "ema", file)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import difflib
 import io
+import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,19 +22,33 @@ def parse(config_class: type, prog: str, args: Sequence[str] | None = None, defa
     try:
         import tyro
     except ImportError:
-        raise ModuleNotFoundError(
-            "the command line needs tyro: pip install 'diffusion-engine[train]'"
-        ) from None
+        raise ModuleNotFoundError("the command line needs tyro: pip install tyro") from None
     given = {} if default is None else {"default": default}
-    config = (tyro.conf.FlagCreatePairsOff,)
+    # An option that is left out is None, and nobody types that.
+    config = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
     complaint = io.StringIO()
+    args = sys.argv[1:] if args is None else args
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(config_class, prog=prog, args=args, config=config, **given)
     except SystemExit as end:
         if end.code:
-            print(f"error: {unboxed(complaint.getvalue())}; see {prog} --help", file=sys.stderr)
+            told = plain(unboxed(complaint.getvalue())) + meant(config_class, args)
+            print(f"error: {told}; see {prog} --help", file=sys.stderr)
         raise
+
+
+def left_out(meaning: str, metavar: str | None = None):
+    """For an option whose default is None: what --help says that it stands for.
+
+    Use it in an Annotated under `from __future__ import annotations`: it is evaluated by `parse`.
+    """
+    import tyro
+
+    def hint(default: str) -> str:  # a resumed run has its own defaults
+        return f"(default: {meaning if default == 'None' else default})"
+
+    return tyro.conf.arg(help_behavior_hint=hint, metavar=metavar)
 
 
 def unboxed(text: str) -> str:
@@ -43,8 +61,51 @@ def unboxed(text: str) -> str:
                 break
             continue
         lines.append(words)
-    told = " ".join(lines).rstrip(".") or "these options cannot be read"
-    return told.replace("{None}|", "")  # how tyro writes an option that may be left out
+    return " ".join(lines).rstrip(".") or "these options cannot be read"
+
+
+# What tyro says and what we say. What matches none of these is printed as it is.
+PHRASES = (
+    (r"Error parsing (\S+): .*\bINT\b.*\['(.*)'\]", r"\1 '\2': expected a whole number"),
+    (r"Error parsing (\S+): .*\bFLOAT\b.*\['(.*)'\]", r"\1 '\2': expected a number"),
+    (
+        r"Error parsing (\S+): invalid literal for int.*: '(.*)'",
+        r"\1 '\2': expected a whole number",
+    ),
+    (r"Error parsing (\S+): could not convert.*: '(.*)'", r"\1 '\2': expected a number"),
+    (
+        r"invalid choice ('.*') for argument '(\S+)'\. Expected one of \((.*)\)",
+        r"\2 \1 is unknown: choose one of \3",
+    ),
+    (r"Missing value for argument '(\S+)'.*", r"\1 needs a value"),
+    (r"Missing from .*?: +(\S+) (.*?)\.? \(required\)", r"\1 is missing: \2"),
+    (r"Unrecognized options: ([^-\s]\S*)", r"'\1' belongs to no option"),
+)
+
+
+def plain(text: str) -> str:
+    """tyro's sentence in words that need no knowledge of Python."""
+    for pattern, ours in PHRASES:
+        if match := re.fullmatch(pattern, text):
+            return match.expand(ours)
+    return text
+
+
+def meant(config_class: type, args: Sequence[str]) -> str:
+    """ "; did you mean --steps?" for what was typed and is nearly the name of an option."""
+    names = [option(field.name) for field in dataclasses.fields(config_class)]
+    names += [name.replace("--", "--no-", 1) for name in names]
+    found = []
+    for arg in args:
+        word = "--" + arg.split("=")[0].lstrip("-").replace("_", "-")
+        if arg.startswith("-") and word not in names:
+            found += difflib.get_close_matches(word, names, 1, 0.7)
+    return f"; did you mean {' and '.join(found)}?" if found else ""
+
+
+def option(name: str) -> str:
+    """`save_every` → `--save-every`."""
+    return "--" + name.replace("_", "-")
 
 
 class Failed(Exception):
@@ -66,30 +127,45 @@ def main(command: Callable[[Sequence[str] | None], None], args: Sequence[str] | 
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # as in `… --help | head`: the reader has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Failed as failure:
         print(failure, file=sys.stderr)
         return failure.code
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
-        if sys.flags.dev_mode or (isinstance(error, RuntimeError) and not refused(error)):
+        if sys.flags.dev_mode or (isinstance(error, RuntimeError) and not expected(error)):
             raise
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     return 0
 
 
-def refused(error: RuntimeError) -> bool:
-    """Whether a back end that was asked for by name cannot serve."""
+def expected(error: RuntimeError) -> bool:
+    """Whether this is no bug: a back end asked for by name cannot serve, or memory is too small."""
     from .dispatch import BackendError  # late: it imports torch
 
-    return isinstance(error, BackendError)
+    return isinstance(error, BackendError) or out_of_memory(error)
+
+
+def out_of_memory(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def sentence(error: Exception) -> str:
     if isinstance(error, RuntimeError):
+        if out_of_memory(error):
+            return "the memory does not suffice: try a smaller --batch"
         return str(error).splitlines()[0]
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = {"PIL": "pillow"}.get(error.name, error.name)
+        return f"{text}: pip install {package}"
+    return text
 
 
 def make_writable(folder: Path, option: str) -> None:
@@ -99,7 +175,18 @@ def make_writable(folder: Path, option: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        reason = error.strerror or error
+        reason = "it is a file" if folder.is_file() else error.strerror or error
         raise ValueError(
             f"{option}: cannot write in {folder} ({reason}); give another place"
         ) from None
+
+
+def neighbour(path: str | os.PathLike) -> str:
+    """In brackets, the folder whose name is nearly this one's, which does not exist; or nothing."""
+    folder = Path(path).expanduser()
+    try:
+        names = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(folder.name, names, 1)
+    return f" (did you mean {folder.parent / found[0]}?)" if found else ""

@@ -8,12 +8,10 @@ seen uninterrupted.
 
 from __future__ import annotations
 
+import difflib
 import functools
-import gzip
-import math
 import os
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,18 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-FASHION_MNIST_MD5 = {
-    "train-images-idx3-ubyte.gz": "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-    "train-labels-idx1-ubyte.gz": "md5:25c81989df183df01b3e8a0aad5dffbe",
-    "t10k-images-idx3-ubyte.gz": "md5:bef4ecab320f06d8554ea6380940ec79",
-    "t10k-labels-idx1-ubyte.gz": "md5:bb300cfdad3c16e7a12a480ee83cd310",
-}
-FASHION_MNIST_DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
-FASHION_MNIST_CLASSES = (
-    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-)
+from . import cli, fashion_mnist
+
+NAMES = ("fashion-mnist",)
+CHOICES = "fashion-mnist, a folder of pictures, or a Hugging Face name such as uoft-cs/cifar10"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
 MEMORY_LIMIT = 2 << 30  # bytes of pixels; larger data sets are decoded batch by batch
 
@@ -78,21 +68,40 @@ def open_dataset(
     sentence, when there is nothing to train on.
     """
     if channels not in (1, 3):
-        raise ValueError(f"pictures have 1 channel (grey) or 3 (RGB), not {channels}")
+        raise ValueError(f"the channels of pictures must be 1 (grey) or 3 (RGB), not {channels}")
     if size < 1:
         raise ValueError(f"the image size must be at least 1 pixel, not {size}")
+    name = os.fspath(name)
     if name == "fashion-mnist":
         return _fashion_mnist(data_dir, split, size, channels)
-    if data_dir is not None:
-        raise ValueError(f"--data-dir goes with --dataset fashion-mnist only, not with {name!r}")
+    if not name:
+        raise ValueError(f"--dataset is empty: give {CHOICES}")
     folder = Path(name).expanduser()
+    if folder.is_file():
+        raise ValueError(
+            f"--dataset {name} is a file: give the folder that holds the pictures, an archive "
+            "unpacked"
+        )
+    if not folder.is_dir():
+        _check_name(name)
+    if data_dir is not None:
+        raise ValueError(
+            f"--data-dir goes with --dataset fashion-mnist only, not with {name!r}: leave it out"
+        )
     if folder.is_dir():
         return _folder(folder, size, channels, labels, memory_limit)
-    if folder.exists():
-        raise ValueError(f"--dataset {name} is a file; give the folder that holds the pictures")
-    if name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"--dataset {name}: there is no such folder")
     return _hugging_face(name, split, size, channels, labels, memory_limit)
+
+
+def _check_name(name: str) -> None:
+    """Raises ValueError for a near miss of a name that we know, and for a folder's path."""
+    spelled = name.lower().replace("_", "-").replace(" ", "-")
+    for known in difflib.get_close_matches(spelled, NAMES, cutoff=0.8):
+        raise ValueError(f"--dataset {name} is unknown: did you mean {known}? Known are {CHOICES}")
+    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
+        raise FileNotFoundError(
+            f"--dataset {name}: there is no such folder{cli.neighbour(name)}; give {CHOICES}"
+        )
 
 
 # --- order and batches --------------------------------------------------------------------------
@@ -167,12 +176,19 @@ def _decode(images: Images, indices: Tensor) -> tuple[Tensor, Tensor]:
                 return candidate, images.read(candidate)
             except UnreadableImage as error:
                 _skip(images, str(error))
-        raise ValueError(f"{images.name}: none of the {len(images)} pictures can be read")
+        raise ValueError(_unreadable(images))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         decoded = list(pool.map(one, indices.tolist()))
     pixels = torch.from_numpy(np.stack([picture for _, picture in decoded]))
     return pixels, torch.tensor([index for index, _ in decoded])
+
+
+def _unreadable(images: Images) -> str:
+    return (
+        f"{images.name}: none of the {len(images)} pictures can be read (the first: "
+        f"{images.skipped[0]}); give a folder of whole pictures"
+    )
 
 
 def _skip(images: Images, sentence: str) -> None:
@@ -185,18 +201,7 @@ def _skip(images: Images, sentence: str) -> None:
 
 
 def _fashion_mnist(data_dir, split: str, size: int, channels: int) -> Images:
-    if split not in ("train", "test"):
-        raise ValueError(f"Fashion-MNIST has the splits 'train' and 'test', not {split!r}")
-    part = "train" if split == "train" else "t10k"
-    images_file = _fashion_mnist_file(f"{part}-images-idx3-ubyte.gz", data_dir)
-    labels_file = _fashion_mnist_file(f"{part}-labels-idx1-ubyte.gz", data_dir)
-    pixels, labels = read_idx(images_file, 3), read_idx(labels_file, 1)
-    if len(pixels) != len(labels):
-        raise ValueError(
-            f"{images_file} has {len(pixels)} images, but {labels_file} has {len(labels)} labels"
-        )
-    if not len(pixels):
-        raise ValueError(f"{images_file} holds no image")
+    pixels, labels = fashion_mnist.read(data_dir, split)
     x = torch.from_numpy(pixels).unsqueeze(1)  # (n, 1, 28, 28)
     if x.shape[2:] != (size, size):
         resize = functools.partial(
@@ -210,95 +215,25 @@ def _fashion_mnist(data_dir, split: str, size: int, channels: int) -> Images:
         size,
         pixels=x.expand(-1, channels, -1, -1),
         labels=torch.from_numpy(labels.astype(np.int64)),
-        classes=FASHION_MNIST_CLASSES,
+        classes=fashion_mnist.CLASSES,
     )
-
-
-def _fashion_mnist_file(name: str, data_dir) -> Path:
-    """Where this file is: --data-dir, else Debian's package, else the user's cache (downloaded)."""
-    if data_dir is not None:
-        folder = Path(data_dir).expanduser()
-        for candidate in (folder / name, folder / name.removesuffix(".gz")):
-            if candidate.is_file():
-                return candidate
-        raise FileNotFoundError(f"--data-dir {folder} has no {name} (nor the same without .gz)")
-    if (FASHION_MNIST_DEBIAN / name).is_file():
-        return FASHION_MNIST_DEBIAN / name
-    try:
-        import pooch
-    except ImportError:
-        raise ModuleNotFoundError(
-            "downloading Fashion-MNIST needs pooch: pip install 'diffusion-engine[train]'"
-        ) from None
-    try:
-        # pooch checks the sum on every use, so that a damaged cache is fetched anew.
-        return Path(
-            pooch.retrieve(
-                FASHION_MNIST_URL + name,
-                known_hash=FASHION_MNIST_MD5[name],
-                fname=name,
-                path=Path(pooch.os_cache("diffusion-engine")) / "fashion-mnist",
-                progressbar=True,
-            )
-        )
-    except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError: checksum
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{name} could not be downloaded from {FASHION_MNIST_URL} ({reason[:200]}); install "
-            "Debian's package dataset-fashion-mnist or give a folder with the files as --data-dir"
-        ) from None
-
-
-def read_idx(path: str | os.PathLike, dims: int) -> np.ndarray:
-    """Reads an IDX file of unsigned bytes with `dims` dimensions, plain or gzip → array of uint8.
-
-    Raises ValueError naming the file, what was found and what was expected.
-    """
-    path = Path(path)
-    data = bytearray()
-    damage = ""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            while chunk := file.read1(1 << 20):  # read() would lose what precedes the damage
-                data += chunk
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        damage = f" ({str(error).rstrip('.')})"
-    header = 4 + 4 * dims
-    if len(data) < header:
-        raise ValueError(
-            f"{path} is truncated: found {len(data)} bytes, expected a header of {header}{damage}"
-        )
-    magic, expected = int.from_bytes(data[:4], "big"), 0x0800 + dims
-    if magic != expected:
-        raise ValueError(
-            f"{path} is not an IDX file of {dims}-dimensional bytes: "
-            f"found magic number 0x{magic:08x}, expected 0x{expected:08x}"
-        )
-    shape = [int.from_bytes(data[4 * i : 4 * i + 4], "big") for i in range(1, dims + 1)]
-    size = math.prod(shape)
-    if len(data) != header + size:
-        fault = "is truncated" if len(data) < header + size else "is too long"
-        raise ValueError(
-            f"{path} {fault}: found {len(data)} bytes, expected {header + size} for "
-            f"{' × '.join(map(str, shape))}{damage}"
-        )
-    return np.frombuffer(data, np.uint8, size, header).reshape(shape)
 
 
 # --- folders and Hugging Face -------------------------------------------------------------------
 
 
 def _folder(folder: Path, size: int, channels: int, labels: bool, memory_limit: int) -> Images:
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    everything = [file for file in folder.rglob("*") if file.is_file()]
+    files = sorted(file for file in everything if file.suffix.lower() in SUFFIXES)
     if not files:
-        raise ValueError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))})")
+        raise ValueError(_no_picture(folder, everything))
     classes, numbers = (), None
     if labels:
         loose = [f for f in files if f.parent == folder]
         if loose:
             raise ValueError(
                 f"{loose[0]} lies in no class folder: for labels, every picture must be in a "
-                f"sub-folder of {folder}"
+                f"sub-folder of {folder}; move it into one, or leave --classes out"
             )
         names = [f.relative_to(folder).parts[0] for f in files]
         classes = sorted(set(names))
@@ -311,12 +246,27 @@ def _folder(folder: Path, size: int, channels: int, labels: bool, memory_limit: 
             with Image.open(files[index]) as picture:
                 return to_array(picture, size, channels)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UnreadableImage(f"{files[index]}: {error}") from None
+            reason = str(error).replace(f" {str(files[index])!r}", "")  # Pillow names it as well
+            raise UnreadableImage(f"{files[index]}: {reason}") from None
 
     images = Images(
         str(folder), len(files), channels, size, read=read, labels=numbers, classes=classes
     )
     return _into_memory(images, memory_limit)
+
+
+def _no_picture(folder: Path, files: list[Path]) -> str:
+    if any("-idx3-ubyte" in file.name for file in files):
+        return (
+            f"--dataset {folder} holds IDX files, no pictures: for Fashion-MNIST, give "
+            f"--dataset fashion-mnist --data-dir {folder}"
+        )
+    kinds = sorted({file.suffix or file.name for file in files})
+    found = f"{len(files)} other file(s) ({', '.join(kinds[:5])})" if files else "no file at all"
+    return (
+        f"--dataset {folder} holds no picture: found {found}, expected "
+        f"{', '.join(sorted(SUFFIXES))}; give the folder that has them, in itself or in sub-folders"
+    )
 
 
 def _hugging_face(
@@ -326,23 +276,32 @@ def _hugging_face(
         import datasets
     except ImportError:
         raise ModuleNotFoundError(
-            f"--dataset {name} is neither fashion-mnist nor a folder here; to load it as a Hugging "
-            "Face data set, pip install 'diffusion-engine[datasets]'"
+            f"--dataset {name}: there is no such folder{cli.neighbour(name)}; give {CHOICES}, "
+            "which needs the package datasets: pip install datasets"
         ) from None
     try:
         table = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen kinds: unknown name, network, format
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"--dataset {name}: Hugging Face could not load it ({reason})") from None
+        raise ValueError(
+            f"--dataset {name}: there is no such folder{cli.neighbour(name)}, and Hugging Face "
+            f"could not load it ({reason}); give {CHOICES}"
+        ) from None
     kinds = {column: type(kind).__name__ for column, kind in table.features.items()}
     column = next((c for c, kind in kinds.items() if kind == "Image"), None)
     if column is None:
-        raise ValueError(f"--dataset {name} has no image column among {sorted(kinds)}")
+        raise ValueError(
+            f"--dataset {name} has no column of images, only {', '.join(sorted(kinds))}: choose a "
+            "data set of pictures"
+        )
     if not len(table):
-        raise ValueError(f"--dataset {name} is empty")
+        raise ValueError(f"--dataset {name} has no rows: choose a data set of pictures")
     label = next((c for c, kind in kinds.items() if kind == "ClassLabel"), None)
     if labels and label is None:
-        raise ValueError(f"--dataset {name} has no class labels among its columns {sorted(kinds)}")
+        raise ValueError(
+            f"--dataset {name} has no column of class labels, only {', '.join(sorted(kinds))}: "
+            "leave --classes out"
+        )
 
     def read(index: int) -> np.ndarray:
         try:
@@ -396,7 +355,7 @@ def _into_memory(images: Images, memory_limit: int) -> Images:
             file=sys.stderr,
         )
     if not readable:
-        raise ValueError(f"{images.name}: none of the {len(decoded)} pictures can be read")
+        raise ValueError(_unreadable(images))
     images.pixels = torch.from_numpy(np.stack([decoded[i] for i in readable]))
     images.count, images.read = len(readable), None
     if images.labels is not None:

@@ -41,6 +41,10 @@ class Diffusion:
         ):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+        if isinstance(betas, str):
+            raise ValueError(
+                f"betas is {betas!r}, expected (T,) numbers: schedules.betas({betas!r}, 1000)"
+            )
         beta = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
         if beta.dim() != 1 or len(beta) < 1 or not bool(((beta > 0) & (beta < 1)).all()):
             raise ValueError(f"betas is {tuple(beta.shape)}, expected (T,) with 0 < beta < 1")
@@ -52,7 +56,11 @@ class Diffusion:
         self._tables: dict = {}
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε (Ho et al. 2020, eq. 4). x0, noise (N, *); t (N,) int64."""
+        """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε (Ho et al. 2020, eq. 4). x0, noise (N, *); t (N,) int64.
+
+        Raises ValueError for shapes and dtypes that do not fit, as the other methods do.
+        """
+        _check_like("noise", noise, "x0", x0)
         a = self._at("sqrt_alpha_bar", t, x0)
         s = self._at("sqrt_one_minus_alpha_bar", t, x0)
         return (a * x0 + s * noise).to(x0.dtype)
@@ -62,6 +70,7 @@ class Diffusion:
 
         eps: (x_t − √(1−ᾱ) ε)/√ᾱ (Ho et al. 2020, eq. 15);  v: √ᾱ x_t − √(1−ᾱ) v;  x0: itself.
         """
+        _check_like("model_out", model_out, "x_t", x_t)
         from_x, from_out = (self._at(name, t, x_t) for name in ("x0_from_x", "x0_from_out"))
         return from_x * x_t + from_out * model_out
 
@@ -72,11 +81,13 @@ class Diffusion:
         step's choice: "small" β̃_t (zero at t = 0), "large" β_t, with β̃_1 at t = 0, where no noise
         is added.
         """
+        _check_like("x0", x0, "x_t", x_t)
         c, d = (self._at(name, t, x_t) for name in ("posterior_x0", "posterior_x"))
         return c * x0 + d * x_t, self._at("posterior_variance", t, x_t)
 
     def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network should predict for x_t = q_sample(x0, t, noise)."""
+        _check_like("noise", noise, "x0", x0)
         if self.prediction == "eps":
             return noise
         if self.prediction == "x0":
@@ -100,7 +111,7 @@ class Diffusion:
         if noise is None:
             noise = torch.randn_like(x0)
         x_t = self.q_sample(x0, t, noise)
-        out = (model(x_t, t) if y is None else model(x_t, t, y)).float()
+        out = check_output(model(x_t, t) if y is None else model(x_t, t, y)).float()
         if out.shape != x0.shape:
             raise ValueError(
                 f"the model returned {tuple(out.shape)}, expected {tuple(x0.shape)} like its input"
@@ -128,12 +139,47 @@ class Diffusion:
 
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """Table entries for t, shaped to broadcast over `like` (N, *)."""
+        _check_steps(t, like.shape[0], self.T)
         key = (name, like.device, like.dtype)
         if key not in self._tables:
             # Never below float32: in bfloat16, √ᾱ of neighbouring steps would be the same number.
             dtype = torch.promote_types(like.dtype, torch.float32)
             self._tables[key] = self._table(name).to(device=like.device, dtype=dtype)
         return self._tables[key][t].reshape(-1, *[1] * (like.dim() - 1))
+
+
+def check_output(out: Tensor) -> Tensor:
+    """The network's output. Raises ValueError if it is no tensor, as in diffusers' models."""
+    if not isinstance(out, Tensor):
+        hint = "; wrap the model so that it returns its .sample" if hasattr(out, "sample") else ""
+        raise ValueError(
+            f"the model returned {type(out).__name__}, expected a tensor like its input{hint}"
+        )
+    return out
+
+
+def _check_steps(t: Tensor, n: int, T: int) -> None:
+    found = f"{tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else repr(t)
+    if (
+        not isinstance(t, Tensor)
+        or t.shape != (n,)
+        or t.dtype not in (torch.int64, torch.int32)  # others index as a mask, or not at all
+    ):
+        raise ValueError(f"t is {found}, expected ({n},) int64: one diffusion step per image")
+    # Elsewhere a look at the values would wait for the device; a negative one counts from the end.
+    if t.device.type == "cpu" and n and not torch.compiler.is_compiling():
+        low, high = t.min().item(), t.max().item()
+        if low < 0 or high >= T:
+            raise ValueError(f"t reaches from {low} to {high}, expected steps 0 … {T - 1}")
+
+
+def _check_like(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
+    """Equal shapes: broadcasting would go on with numbers that nobody meant."""
+    if tensor.shape != like.shape or not like.is_floating_point():
+        raise ValueError(
+            f"{name} is {tuple(tensor.shape)} and {other} {tuple(like.shape)} {like.dtype}, "
+            "expected the same shape (N, *), floating point"
+        )
 
 
 def posterior_rows(

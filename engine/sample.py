@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
 from collections.abc import Sequence
@@ -12,11 +13,14 @@ from typing import Annotated, Literal
 import torch
 
 from . import cli
+from .samplers import sample
 
 try:
     from tyro.conf import Positional
 except ImportError:  # cli.parse says so; `engine.sample(model, …)` needs no tyro
     Positional = None
+
+__all__ = ["sample"]  # what help(engine.sample) shows
 
 PROG = "python -m engine.sample"
 
@@ -28,36 +32,35 @@ class SampleConfig:
     run: Annotated[Path, Positional]
     """Folder of a run, or its checkpoint file."""
     out: Path = Path("samples.png")
-    """The picture, PNG. An existing one is replaced, a missing folder made."""
+    """Picture to write, PNG; an existing one is replaced, a missing folder made."""
     n: int = 64
     """Number of samples."""
     sampler: Literal["ddpm", "ddim"] = "ddim"
-    """ddpm: ancestral sampling; ddim: deterministic for --eta 0, good with few steps."""
-    steps: int | None = None
-    """Steps of the reverse process. None: 50 for ddim, all T for ddpm."""
+    """Sampler: ddpm is ancestral; ddim is deterministic with --eta 0 and good in few steps."""
+    steps: Annotated[int | None, cli.left_out("50 for ddim, all T for ddpm")] = None
+    """Steps of the reverse process, at most the T that the model was trained with."""
     eta: float = 0.0
-    """DDIM's noise: 0 none, 1 as much as ddpm."""
+    """Noise of ddim, from 0, none, to 1, as much as ddpm's."""
     seed: int = 0
-    """The same seed draws the same samples, whatever the batch, up to rounding."""
+    """Seed of the noise: the same one draws the same samples, whatever --batch, up to rounding."""
     clip: bool = True
-    """Clip x0 to [-1, 1] in every step (--no-clip: do not)."""
-    label: int | None = None
-    """Class to draw, of a class-conditional model. None: all classes in turn."""
-    strip: Path | None = None
-    """Also draw the way x_T … x_0 of the first 8 samples into this PNG."""
+    """Clip x0 to [-1, 1] in every step."""
+    label: Annotated[int | None, cli.left_out("all classes in turn")] = None
+    """Number of the class to draw, of a class-conditional model."""
+    strip: Annotated[Path | None, cli.left_out("no strip")] = None
+    """Picture to write, PNG, with the way x_T … x_0 of the first 8 samples."""
     batch: int = 64
     """Samples computed at a time."""
-    device: str | None = None
-    """`cpu`, `cuda`, `cuda:1` … None: cuda where there is one."""
+    device: Annotated[str | None, cli.left_out("cuda where there is one, else cpu", "NAME")] = None
+    """Device to sample on: cpu, cuda, cuda:1 …"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 where the device has arithmetic for it."""
+    """Arithmetic of the U-Net; auto is bf16 where the device has it."""
 
 
 def command(args: Sequence[str] | None) -> None:
     from . import plots
     from .checkpoint import load
-    from .samplers import sample
-    from .trainer import autocast, choose_device, choose_precision
+    from .device import autocast, choose_device, choose_precision
 
     config = cli.parse(SampleConfig, PROG, args)
     check(config)
@@ -109,6 +112,10 @@ def check(config: SampleConfig) -> None:
         raise ValueError(f"--steps must be at least 1, not {config.steps}")
     if not 0 <= config.eta <= 1:
         raise ValueError(f"--eta must lie in 0 … 1, not {config.eta}")
+    if config.eta and config.sampler == "ddpm":
+        raise ValueError(f"--eta {config.eta} goes with --sampler ddim only: leave it out")
+    if not -(2**63) <= config.seed < 2**63:
+        raise ValueError(f"--seed must fit 64 bits, not {config.seed}")
     for name, path in (("out", config.out), ("strip", config.strip)):
         if path is None:
             continue
@@ -137,12 +144,12 @@ class _CallableModule(types.ModuleType):
     """`engine.sample` is a function of the API and, as `python -m engine.sample`, this module.
 
     Importing a submodule makes it an attribute of its package, over the function of that name: so
-    the module forwards calls.
+    the module forwards calls, and shows the function's signature and documentation.
     """
 
-    def __call__(self, *args, **kwargs):
-        from .samplers import sample
+    __signature__ = inspect.signature(sample)
 
+    def __call__(self, *args, **kwargs):
         return sample(*args, **kwargs)
 
 

@@ -4,13 +4,15 @@ Every sampler here is linear in (x̂_0, x_t, z): x_next = c·x̂_0 + d·x_t + s�
 x̂_0 = clip(a·x_t + b·model_out); a row (a, b, c, d, s) per step is all that the kernel needs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 from . import ops, schedules
-from .diffusion import Diffusion, posterior_rows
+from .device import usable_device
+from .diffusion import Diffusion, check_output, posterior_rows
 
 SAMPLERS = ("ddpm", "ddim")
 
@@ -27,8 +29,8 @@ def coefficients(
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}, expected 0 (deterministic) … 1 (as noisy as ddpm)")
+    if not isinstance(eta, Real) or not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta!r}, expected 0 (deterministic) … 1 (as noisy as ddpm)")
     if eta and sampler == "ddpm":
         raise ValueError(f"eta is {eta}, but ddpm has none: use sampler='ddim', or leave eta at 0")
     t = torch.tensor(schedules.kept_steps(diffusion.T, diffusion.T if steps is None else steps))
@@ -78,15 +80,21 @@ def sample(
     offset   global index of the first sample: batches of a run give the images of one large batch
 
     The model runs as it is (precision, layout), in eval mode and without gradients.
-    Raises ValueError for bad names, step counts and shapes.
+    Raises ValueError for bad names, step counts, shapes and devices.
     """
-    if trajectory == 1 or trajectory < 0:
+    if not isinstance(trajectory, int) or trajectory == 1 or trajectory < 0:
         raise ValueError(f"trajectory is {trajectory}, expected 0 (none) or 2 and more states")
-    if len(shape) < 2:
-        raise ValueError(f"shape is {tuple(shape)}, expected (N, C, H, W)")
+    counts = isinstance(shape, Sequence) and all(isinstance(n, Integral) for n in shape)
+    if not counts or len(shape) < 2 or min(shape) < 0:
+        raise ValueError(f"shape is {shape!r}, expected (N, C, H, W)")
+    if y is not None and (not isinstance(y, Tensor) or y.shape[:1] != (shape[0],)):
+        found = tuple(y.shape) if isinstance(y, Tensor) else repr(y)
+        raise ValueError(f"y is {found}, expected ({shape[0]},) class labels, one per image")
     if device is None:
         parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
         device = next((p.device for p in parameters), torch.device("cpu"))
+    else:
+        device = usable_device(device)
     times, rows = coefficients(diffusion, sampler, steps, eta)
     times, rows = times.to(device), rows.to(device=device, dtype=torch.float32)
     first = offset * torch.Size(shape[1:]).numel()
@@ -102,7 +110,7 @@ def sample(
             states = [x] if stops else []
             for i in _progress(range(len(times)), progress):
                 t = times[i].expand(shape[0])
-                out = model(x, t) if y is None else model(x, t, y)
+                out = check_output(model(x, t) if y is None else model(x, t, y))
                 x = ops.reverse_step(
                     x,
                     out,

@@ -1,6 +1,7 @@
 """Noise schedules β_t in float64, t = 0 … T−1, and the steps that a shorter sampling run keeps."""
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ def betas(name: str, T: int) -> Tensor:  # → (T,) float64
     """
     if name not in NAMES:
         raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(NAMES)}")
-    if T < 1:
-        raise ValueError(f"T is {T}, expected at least one diffusion step")
+    if not isinstance(T, Integral) or T < 1:
+        raise ValueError(f"T is {T!r}, expected a whole number, at least one diffusion step")
     beta = _linspace_schedule(name, T) if name != "cosine" else _cosine(T)
     if not bool(((beta > 0) & (beta < 1)).all()):
         raise ValueError(
@@ -66,6 +67,8 @@ def kept_steps(T: int, steps: int) -> list[int]:
     that differs from linspace at some counts (21, 23, 31 … for T = 1000).
     Raises ValueError unless 1 <= steps <= T.
     """
+    if not isinstance(steps, Integral):
+        raise ValueError(f"steps is {steps!r}, expected a whole number")
     if not 1 <= steps <= T:
         raise ValueError(f"{steps} sampling steps do not fit a diffusion of T={T}: use 1 … {T}")
     if steps == 1:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from . import cli
 
@@ -27,80 +27,84 @@ class TrainConfig:
     """
 
     dataset: str = "fashion-mnist"
-    """`fashion-mnist`, a folder of pictures, or a Hugging Face name (extra `datasets`)."""
-    out: Path | None = None
-    """Folder of the run; one that already holds a run is refused. None: runs/DATASET."""
-    resume: Path | None = None
-    """Folder of a run to go on with, under its saved configuration. --steps may be raised."""
-    data_dir: Path | None = None
-    """Folder with Fashion-MNIST's IDX files. None: Debian's dataset-fashion-mnist, or download."""
-    preset: str | None = None
-    """U-Net and its recipe: `fashion-mnist` (1 M weights, for a CPU too) or `cifar10` (36 M, for a
-    GPU). None: fashion-mnist."""
-    width: int | None = None
-    """Base channels of the U-Net. None: the preset's."""
-    image_size: int | None = None
-    """Height and width, pixels; pictures are centre-cropped and resized. None: the
-    preset's, or without --preset 28 for fashion-mnist and 32 for other data sets."""
-    channels: int | None = None
-    """1 grey, 3 RGB. None: 1 for fashion-mnist; else the preset's, or without --preset 3."""
+    """What to train on: fashion-mnist, a folder of pictures, or a Hugging Face data set's name."""
+    out: Annotated[Path | None, cli.left_out("runs/DATASET")] = None
+    """Folder of the run. It is made if need be; one that holds files of a run is refused."""
+    resume: Annotated[Path | None, cli.left_out("start a new run", "RUN")] = None
+    """Folder of a run to go on with, under its saved options; --steps may be raised."""
+    data_dir: Annotated[
+        Path | None, cli.left_out("Debian's dataset-fashion-mnist, or download")
+    ] = None
+    """Folder with Fashion-MNIST's four IDX files."""
+    preset: Annotated[str | None, cli.left_out("fashion-mnist", "NAME")] = None
+    """U-Net with its recipe: fashion-mnist (1 M weights, for a CPU too) or cifar10 (36 M)."""
+    width: Annotated[int | None, cli.left_out("the preset's")] = None
+    """Base channels of the U-Net."""
+    image_size: Annotated[
+        int | None, cli.left_out("the preset's; without --preset 28 for fashion-mnist, else 32")
+    ] = None
+    """Height and width in pixels to which pictures are centre-cropped and resized."""
+    channels: Annotated[
+        int | None, cli.left_out("1 for fashion-mnist; else the preset's, or 3 without --preset")
+    ] = None
+    """Colours of the pictures: 1 grey, 3 RGB."""
     classes: bool = False
-    """Class-conditional model. In a folder of pictures, the sub-folders are the classes."""
+    """Train a class-conditional model; in a folder of pictures, the sub-folders are the classes."""
     flip: bool = False
     """Mirror half of the pictures, left to right."""
 
     schedule: Literal["linear", "linear_unscaled", "cosine", "quadratic", "sigmoid"] = "cosine"
     """Noise schedule β_t."""
     timesteps: int = 1000
-    """T, diffusion steps."""
+    """Diffusion steps T."""
     prediction: Literal["eps", "x0", "v"] = "v"
-    """The noise, the picture, or v = √ᾱ ε − √(1−ᾱ) x_0, which learns fastest."""
+    """What the U-Net predicts: noise, picture, or v = √ᾱ ε − √(1−ᾱ) x_0, which learns fastest."""
     variance: Literal["small", "large"] = "small"
-    """σ² of the reverse process: β̃_t or β_t."""
+    """Variance σ² of the reverse process: β̃_t or β_t."""
     loss: Literal["l1", "l2", "huber"] = "l2"
     """Distance between prediction and target."""
 
-    steps: int | None = None
-    """Optimiser steps in all. None: 2000 for preset fashion-mnist, 100000 for cifar10."""
-    batch: int | None = None
-    """Pictures per optimiser step. None: 32, cifar10 128."""
+    steps: Annotated[int | None, cli.left_out("2000, with --preset cifar10 100000")] = None
+    """Optimiser steps in all, those before a --resume included."""
+    batch: Annotated[int | None, cli.left_out("32, with --preset cifar10 128")] = None
+    """Pictures per optimiser step."""
     accumulate: int = 1
     """Pieces in which a batch is computed, to save memory; must divide --batch."""
-    lr: float | None = None
-    """Learning rate of AdamW after the warm-up. None: 0.002, cifar10 0.0002."""
-    warmup: int | None = None
-    """Steps over which the learning rate rises from 0. None: 100, cifar10 5000."""
-    decay: float | None = None
-    """Last fraction of --steps, over which the learning rate falls to 0. None: 0.6, cifar10 0."""
+    lr: Annotated[float | None, cli.left_out("0.002, with --preset cifar10 0.0002")] = None
+    """Learning rate of AdamW after the warm-up."""
+    warmup: Annotated[int | None, cli.left_out("100, with --preset cifar10 5000")] = None
+    """Steps over which the learning rate rises from 0."""
+    decay: Annotated[float | None, cli.left_out("0.6, with --preset cifar10 0")] = None
+    """Last fraction of --steps, over which the learning rate falls to 0."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, per step and unit of learning rate."""
     clip: float = 1.0
     """Largest norm of the gradient; longer ones are scaled down to it."""
-    ema: float | None = None
-    """Decay per step of the averaged weights that draw the samples. None: 0.995, cifar10 0.9999."""
+    ema: Annotated[float | None, cli.left_out("0.995, with --preset cifar10 0.9999")] = None
+    """Decay per step of the averaged weights (EMA) that draw the samples."""
     seed: int = 0
-    """Of the initial weights, the order of the pictures, t and the noise."""
+    """Seed of the initial weights, the order of the pictures, t and the noise."""
 
-    device: str | None = None
-    """`cpu`, `cuda`, `cuda:1` … None: cuda where there is one."""
+    device: Annotated[str | None, cli.left_out("cuda where there is one, else cpu", "NAME")] = None
+    """Device to train on: cpu, cuda, cuda:1 …"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the forward and backward pass. auto: bf16 where the device has arithmetic for it."""
+    """Arithmetic of the forward and backward pass; auto is bf16 where the device has it."""
     log_every: int = 10
     """Steps between two lines in metrics.jsonl and TensorBoard."""
     save_every: int = 500
     """Steps between two checkpoints; the end and Ctrl-C save in any case."""
     sample_every: int = 500
-    """Steps between two grids of 16 samples; 0: none while training."""
+    """Steps between two grids of 16 samples; 0 draws none while training."""
     samples: int = 64
-    """Samples in the final grid; 0: none."""
+    """Samples in the final grid; 0 draws none."""
     sample_steps: int = 100
     """DDPM steps for all these samples, evenly spaced over T; at most T."""
     tensorboard: bool = True
     """Write a TensorBoard log, if tensorboard is installed."""
 
 
-# What None stands for. fashion-mnist: the best pictures that five minutes on two CPU cores gave.
-# cifar10: Ho et al. 2020, app. B, less long.
+# What None stands for; the help says so too. fashion-mnist: the best pictures that five minutes on
+# two CPU cores gave. cifar10: Ho et al. 2020, app. B, less long.
 RECIPES = {
     "fashion-mnist": {
         "steps": 2000,
@@ -120,6 +124,9 @@ RECIPES = {
     },
 }
 
+# What a run writes beside its checkpoint.
+RUN_FILES = ("metrics.jsonl", "tensorboard", "samples", "samples.png", "strip.png", "loss.png")
+
 # What --resume may change: how the run is carried out, not what it computes.
 RESUMABLE = {
     *("out", "resume", "data_dir", "steps", "device", "precision", "log_every", "save_every"),
@@ -132,25 +139,20 @@ def validate(config: TrainConfig) -> None:
     positive = ("timesteps", "steps", "batch", "accumulate", "log_every", "save_every")
     for name in (*positive, "sample_steps"):
         if getattr(config, name) < 1:
-            raise ValueError(f"{option(name)} must be at least 1, not {getattr(config, name)}")
+            raise ValueError(f"{cli.option(name)} must be at least 1, not {getattr(config, name)}")
     for name in ("warmup", "sample_every", "samples", "weight_decay"):
         if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{option(name)} must be 0 or more, not {getattr(config, name)}")
+            raise ValueError(f"{cli.option(name)} must be 0 or more, not {getattr(config, name)}")
     for name in ("lr", "clip"):
         if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{option(name)} must be positive, not {getattr(config, name)}")
+            raise ValueError(f"{cli.option(name)} must be positive, not {getattr(config, name)}")
     for name in ("ema", "decay"):
         if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{option(name)} must lie in 0 … 1, not {getattr(config, name)}")
+            raise ValueError(f"{cli.option(name)} must lie in 0 … 1, not {getattr(config, name)}")
     if not -(2**63) <= config.seed < 2**63:
         raise ValueError(f"--seed must fit 64 bits, not {config.seed}")
     if config.batch % config.accumulate:
         raise ValueError(f"--accumulate {config.accumulate} does not divide --batch {config.batch}")
-
-
-def option(name: str) -> str:
-    """`save_every` → `--save-every`."""
-    return "--" + name.replace("_", "-")
 
 
 def train(config: TrainConfig) -> Path:
@@ -161,7 +163,9 @@ def train(config: TrainConfig) -> Path:
     """
     # Late, so that --help and a wrong option are answered without waiting for torch.
     from . import checkpoint, data
-    from .trainer import Trainer, choose_device, choose_precision, describe
+    from .device import choose_device, choose_precision
+    from .dispatch import cases_on
+    from .trainer import Trainer, describe
 
     config = complete(config)
     validate(config)
@@ -171,15 +175,17 @@ def train(config: TrainConfig) -> Path:
         file = checkpoint.find(config.resume)
         folder = file.parent
         tensors, info = checkpoint.read(file)
+        if config.steps < info["step"]:
+            raise ValueError(
+                f"--steps {config.steps} is less than the {info['step']} steps that {folder} has "
+                f"done: give more than {info['step']} to train on, or leave --steps out"
+            )
         model, diffusion = checkpoint.build(tensors, info, "model", file)
         size, channels = model.config["image_size"], model.config["in_channels"]
     else:
         folder = config.out or Path("runs") / Path(config.dataset).resolve().name
         config = dataclasses.replace(config, out=folder)
-        if (folder / checkpoint.FILE).exists():
-            raise FileExistsError(
-                f"{folder} already holds a run: go on with --resume {folder}, or give another --out"
-            )
+        check_free(folder)
         size, channels = picture_shape(config)
     images = data.open_dataset(
         config.dataset,
@@ -188,11 +194,19 @@ def train(config: TrainConfig) -> Path:
         data_dir=config.data_dir,
         labels=config.classes,
     )
+    if is_folder(config.dataset):  # by its whole path, so that --resume works from any folder
+        whole = str(Path(config.dataset).expanduser().resolve())
+        config = dataclasses.replace(config, dataset=whole)
     if info is None:
         if config.classes and images.labels is None:
             raise ValueError(f"--classes: {config.dataset} has no labels")
         model = new_model(config, size, channels, len(images.classes) if config.classes else None)
         diffusion = new_diffusion(config)
+    elif config.classes and list(images.classes) != info.get("classes"):
+        raise ValueError(
+            f"{config.dataset} has the classes {', '.join(images.classes)}, but {folder} was "
+            f"trained with {', '.join(info.get('classes', []))}: give --dataset with these folders"
+        )
     device = choose_device(config.device)
     chosen = describe(model, device, choose_precision(config.precision, device))
     cli.make_writable(folder, "--out")
@@ -204,12 +218,38 @@ def train(config: TrainConfig) -> Path:
         f"{chosen}; {config.steps} steps of {config.batch} images, "
         f"from {len(images)} of {channels}×{size}×{size}"
     )
+    if device.type == "cuda" and not cases_on(device, "group_norm_silu", "triton"):
+        trainer.say(
+            "our kernels have not yet been proved on this kind of GPU, so PyTorch computes: "
+            "`make test` here proves them (ENGINE_BACKEND=triton takes them all the same)"
+        )
     if trainer.step < config.steps:
         trainer.run()
     else:
         trainer.say(f"{folder} has its {trainer.step} steps; raise --steps to train on")
     trainer.draw()
     return folder
+
+
+def is_folder(dataset: str) -> bool:
+    return bool(dataset) and dataset != "fashion-mnist" and Path(dataset).expanduser().is_dir()
+
+
+def check_free(folder: Path) -> None:
+    """Raises FileExistsError, one sentence, when the folder holds a run or files of one."""
+    from . import checkpoint
+
+    if (folder / checkpoint.FILE).exists():
+        raise FileExistsError(
+            f"{folder} already holds a run: go on with --resume {shlex.quote(str(folder))}, "
+            "or give another --out"
+        )
+    found = [name for name in RUN_FILES if (folder / name).exists()]
+    if found:
+        raise FileExistsError(
+            f"{folder} has {', '.join(found)} of another run, but no {checkpoint.FILE} to go on "
+            "from: give another --out, or move these files away"
+        )
 
 
 def complete(config: TrainConfig) -> TrainConfig:
@@ -247,13 +287,17 @@ def new_model(config: TrainConfig, size: int, channels: int, classes: int | None
 
     from .unet import UNet
 
-    if config.width is not None and config.width < 1:
-        raise ValueError(f"--width must be at least 1, not {config.width}")
     width = {} if config.width is None else {"model_channels": config.width}
     torch.manual_seed(config.seed)
-    return UNet.from_preset(
-        preset_name(config), image_size=size, in_channels=channels, num_classes=classes, **width
-    )
+    try:
+        return UNet.from_preset(
+            preset_name(config), image_size=size, in_channels=channels, num_classes=classes, **width
+        )
+    except ValueError as error:
+        sentence = str(error)
+        for theirs, ours in (("model_channels", "--width"), ("image_size", "--image-size")):
+            sentence = sentence.replace(theirs, ours)
+        raise ValueError(sentence) from None
 
 
 def new_diffusion(config: TrainConfig):
@@ -284,9 +328,11 @@ def check_resume(config: TrainConfig, saved: TrainConfig) -> None:
     """Raises ValueError when `config` asks for another computation than the saved run's."""
     for field in dataclasses.fields(TrainConfig):
         old, new = getattr(saved, field.name), getattr(config, field.name)
+        if field.name == "dataset" and old != "fashion-mnist" and is_folder(new):
+            continue  # the pictures have moved
         if field.name not in RESUMABLE and old != new:
             raise ValueError(
-                f"{option(field.name)} cannot change on --resume: "
+                f"{cli.option(field.name)} cannot change on --resume: "
                 f"the run was started with {old}, not {new}"
             )
     if config.out.resolve() != saved.out.resolve():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import checkpoint, data
 from .cli import Failed
+from .device import autocast, choose_device, choose_precision
 from .metrics import Log
 
 if TYPE_CHECKING:
@@ -32,39 +33,6 @@ class Diverged(Failed):
 
 class Stopped(Failed):
     """A signal ended the training; the checkpoint is written. `code` is the shell's for it."""
-
-
-# --- device and precision -----------------------------------------------------------------------
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is. Raises ValueError if it is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name!r} is no device: give cpu, cuda or cuda:1") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name!r} is not supported: give cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """bf16 for "auto" where the device has arithmetic for it; elsewhere fp32 is faster."""
-    if name != "auto":
-        return torch.bfloat16 if name == "bf16" else torch.float32
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def autocast(device: torch.device, precision: torch.dtype):
-    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
 def describe(model, device: torch.device, precision: torch.dtype) -> str:
@@ -279,9 +247,9 @@ class Trainer:
         from . import plots
 
         c = self.config
+        if not (self.folder / checkpoint.FILE).exists():
+            self.save()  # before any other file: from here on the folder is taken, --resume works
         with Signals() as signals, Log(self.folder, self.step, c.tensorboard) as log:
-            if not (self.folder / checkpoint.FILE).exists():
-                self.save()  # from here on the folder is taken, and --resume works
             stream = data.batches(self.images, c.batch, seed=c.seed, flip=c.flip, start=self.step)
             progress = tqdm(total=c.steps, initial=self.step, unit="step", dynamic_ncols=True)
             smooth, start, seen = 0.0, time.perf_counter(), 0

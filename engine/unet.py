@@ -8,6 +8,7 @@ Images are (N, C, H, W) in channels_last memory throughout; norms and attention 
 """
 
 import math
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,8 @@ class UNet(nn.Module):
 
     image_size             H = W that attention_resolutions refer to; other sizes run too
     channel_mult           width of each level in units of model_channels
-    attention_resolutions  levels, named by their H, that have self-attention after each ResBlock
+    attention_resolutions  levels, named by their H = image_size / 2^i, that have self-attention
+                           after each ResBlock
     head_channels          channels per head; None: num_heads heads whatever the width
     conditioning           "add": h + W·temb before the second norm (DDPM); "scale_shift": AdaGN
     resample               "conv": strided, and nearest + conv (DDPM); "biggan": in ResBlocks (ADM)
@@ -82,8 +84,7 @@ class UNet(nn.Module):
         self_arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.config = {k: list(v) if isinstance(v, tuple) else v for k, v in self_arguments.items()}
-        widths = [int(mult * model_channels) for mult in channel_mult]
-        self._check(widths)
+        widths = self._check()
         temb_channels = 4 * model_channels
         self.time_embed = TimeEmbedding(model_channels, temb_channels, embedding)
         self.label_embed = nn.Embedding(num_classes, temb_channels) if num_classes else None
@@ -150,7 +151,7 @@ class UNet(nn.Module):
         try:
             return cls(**{**PRESETS[name], **overrides})
         except TypeError as error:
-            raise ValueError(f"preset {name!r}: {error}") from error
+            raise ValueError(f"preset {name!r}: {error}") from None
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         self._check_input(x, t, y)
@@ -178,7 +179,8 @@ class UNet(nn.Module):
                 h = level.resample(h, temb)
         return self.conv_out(self.norm_out(h))
 
-    def _check(self, widths: list[int]) -> None:
+    def _check(self) -> list[int]:
+        """The channels of each level. Raises ValueError, one sentence, for what does not fit."""
         c = self.config
         for name, choices in (
             ("conditioning", ("add", "scale_shift")),
@@ -187,20 +189,43 @@ class UNet(nn.Module):
         ):
             if c[name] not in choices:
                 raise ValueError(f"{name} is {c[name]!r}, expected one of {', '.join(choices)}")
-        factor = 2 ** (len(widths) - 1)
-        if c["image_size"] % factor:
+        counts = ("image_size", "in_channels", "model_channels", "num_res_blocks", "num_groups")
+        optional = ("out_channels", "num_heads", "head_channels", "num_classes")
+        for name in (*counts, *(name for name in optional if c[name] is not None)):
+            if not isinstance(c[name], Integral) or isinstance(c[name], bool) or c[name] < 1:
+                raise ValueError(f"{name} is {c[name]!r}, expected a whole number, at least 1")
+            c[name] = int(c[name])  # JSON knows no NumPy
+        for name in ("channel_mult", "attention_resolutions"):
+            if not isinstance(c[name], list):
+                raise ValueError(f"{name} is {c[name]!r}, expected a tuple, one number per level")
+        if c["model_channels"] % 2 or c["model_channels"] < 4:  # as many sines as cosines
             raise ValueError(
-                f"image_size {c['image_size']} cannot be halved {len(widths) - 1} times: "
+                f"model_channels is {c['model_channels']}, expected an even number > 2"
+            )
+        if not c["channel_mult"]:
+            raise ValueError("channel_mult is empty, expected one number per level")
+        widths = [int(mult * c["model_channels"]) for mult in c["channel_mult"]]
+        size, factor = c["image_size"], 2 ** (len(widths) - 1)
+        if size % factor:
+            raise ValueError(
+                f"image_size {size} cannot be halved {len(widths) - 1} times: "
                 f"use a multiple of {factor}, or fewer levels in channel_mult"
             )
-        for level, width in enumerate(widths):
+        levels = [size // 2**level for level in range(len(widths))]
+        for resolution in c["attention_resolutions"]:
+            if resolution not in levels:
+                raise ValueError(
+                    f"attention_resolutions names {resolution!r}, but image_size {size} gives the "
+                    f"levels {', '.join(map(str, levels))}: name some of these, or choose an "
+                    f"image_size of {resolution!r} times a power of two"
+                )
+        for level, width in zip(levels, widths, strict=True):
             if width < 1 or width % c["num_groups"]:
                 raise ValueError(
                     f"a level of {width} channels cannot be split into num_groups={c['num_groups']}"
                     ": choose another model_channels or num_groups"
                 )
-            resolution = c["image_size"] // 2**level
-            attends = resolution in c["attention_resolutions"] or level == len(widths) - 1
+            attends = level in c["attention_resolutions"] or level == levels[-1]
             heads_of = c["head_channels"] or c["num_heads"]
             if attends and width % heads_of:
                 split = "of head_channels" if c["head_channels"] else "for num_heads"
@@ -208,6 +233,7 @@ class UNet(nn.Module):
                     f"attention over {width} channels cannot be split into heads {split}="
                     f"{heads_of}: choose another model_channels"
                 )
+        return widths
 
     def _check_input(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
         c = self.config
@@ -227,6 +253,10 @@ class UNet(nn.Module):
         if (y is None) != (self.label_embed is None):
             need = "needs y, class labels (N,)" if y is None else "is unconditional and takes no y"
             raise ValueError(f"this model {need}")
+        if y is not None and (y.shape != t.shape or y.dtype not in (torch.int64, torch.int32)):
+            raise ValueError(
+                f"y is {tuple(y.shape)} {y.dtype}, expected ({x.shape[0]},) int64: one per image"
+            )
 
 
 class Level(nn.Module):

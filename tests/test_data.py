@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import data
+from engine import data, fashion_mnist
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -75,15 +75,43 @@ def test_damaged_idx_file_is_named(fashion, damage, sentence):
     file.write_bytes(damage(gzip.decompress(file.read_bytes())))
     with pytest.raises(ValueError, match=sentence) as error:
         data.open_dataset("fashion-mnist", data_dir=fashion)
-    assert str(file) in str(error.value)
+    assert str(file) in str(error.value) and "put a fresh copy in its place" in str(error.value)
 
 
 def test_images_and_labels_must_agree(fashion):
     (fashion / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.arange(7))))
     with pytest.raises(ValueError, match=r"20 images, but .* 7 labels"):
         data.open_dataset("fashion-mnist", data_dir=fashion)
-    with pytest.raises(FileNotFoundError, match="has no train-images"):
-        data.open_dataset("fashion-mnist", data_dir=fashion / "nowhere")
+
+
+def test_files_that_are_not_fashion_mnist(fashion):
+    images, labels = (fashion / f"train-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
+    whole = labels.read_bytes()
+    labels.write_bytes(gzip.compress(idx(np.full(20, 10))))
+    with pytest.raises(ValueError, match=r"labels.* has a label 10, expected 0 … 9: put a fresh"):
+        data.open_dataset("fashion-mnist", data_dir=fashion)
+    labels.write_bytes(whole)
+    for count, size in ((20, 27), (0, 28)):
+        images.write_bytes(gzip.compress(idx(np.zeros((count, size, 28)))))
+        labels.write_bytes(gzip.compress(idx(np.arange(count) % 10)))
+        with pytest.raises(ValueError, match=rf"holds {count} images of {size}×28, expected"):
+            data.open_dataset("fashion-mnist", data_dir=fashion)
+
+
+def test_missing_files_and_folders(fashion, monkeypatch):
+    (fashion / "train-images-idx3-ubyte.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no train-images.*; give .*leave --data-dir"):
+        data.open_dataset("fashion-mnist", data_dir=fashion)
+    (fashion / "files").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no such folder \(did you mean .*/files\?\)"):
+        data.open_dataset("fashion-mnist", data_dir=fashion / "flies")
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(ValueError, match=r"a cannot be read \(Permission denied\): check"):
+        fashion_mnist.read_idx("a", 1)
 
 
 def test_download_is_checked_and_kept(fashion, tmp_path_factory, monkeypatch):
@@ -103,9 +131,9 @@ def test_download_is_checked_and_kept(fashion, tmp_path_factory, monkeypatch):
         file.name: "md5:" + hashlib.md5(file.read_bytes()).hexdigest()
         for file in fashion.glob("*.gz")
     }
-    monkeypatch.setattr(data, "FASHION_MNIST_DEBIAN", fashion / "none")
-    monkeypatch.setattr(data, "FASHION_MNIST_URL", f"http://127.0.0.1:{server.server_port}/")
-    monkeypatch.setattr(data, "FASHION_MNIST_MD5", sums)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", fashion / "none")
+    monkeypatch.setattr(fashion_mnist, "URL", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setattr(fashion_mnist, "MD5", sums)
     monkeypatch.setattr("pooch.os_cache", lambda name: cache / name)
     try:
         assert len(data.open_dataset("fashion-mnist")) == 20
@@ -202,28 +230,49 @@ def test_class_folders_give_labels(tmp_path):
         data.open_dataset(str(tmp_path), size=8, labels=True)
 
 
-@pytest.mark.parametrize("limit", [0, 1 << 30])
-def test_empty_or_unreadable_folder(tmp_path, limit):
-    with pytest.raises(ValueError, match="holds no picture"):
-        data.open_dataset(str(tmp_path), memory_limit=limit)
+def test_empty_or_unreadable_folder(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"holds no picture: found no file at all, expected \.bmp, "
+    ):
+        data.open_dataset(str(tmp_path))
+    (tmp_path / "a.txt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"found 1 other file\(s\) \(\.txt\), expected"):
+        data.open_dataset(str(tmp_path))
     (tmp_path / "a.png").write_bytes(b"")
-    if limit:
-        with pytest.raises(ValueError, match="none of the 1 pictures can be read"):
-            data.open_dataset(str(tmp_path), memory_limit=limit)
+    sentence = (
+        r"none of the 1 pictures can be read \(the first: .*a\.png: cannot identify image file\)"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        data.open_dataset(str(tmp_path))
 
 
 def test_unknown_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "pictures" / "a.png")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r"diffusion-engine\[datasets\]"):
-        data.open_dataset("someone/pictures")
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        data.open_dataset(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="is a file"):
-        data.open_dataset(__file__)
-    with pytest.raises(ValueError, match="--data-dir goes with"):
-        data.open_dataset(str(tmp_path), data_dir=tmp_path)
-    with pytest.raises(ValueError, match="not 2"):
+    choices = r"fashion-mnist, a folder of pictures, or a Hugging Face name"
+    for name, sentence in (
+        ("someone/pictures", rf"no such folder; give {choices}.*pip install datasets"),
+        ("pictrues", rf"no such folder \(did you mean pictures\?\); give {choices}.*pip install"),
+        ("./pictrues", rf"no such folder \(did you mean pictures\?\); give {choices} such as"),
+        ("pictures/cats/small", rf"there is no such folder; give {choices} such as"),
+        ("fashion_mnist", rf"did you mean fashion-mnist\? Known are {choices}"),
+        ("Fashion MNIST", "did you mean fashion-mnist"),
+        ("fashon-mnist", "did you mean fashion-mnist"),
+        ("", f"--dataset is empty: give {choices}"),
+        ("pictures/a.png", "is a file: give the folder"),
+    ):
+        with pytest.raises((ValueError, OSError, ModuleNotFoundError), match=sentence):
+            data.open_dataset(name)
+    assert len(data.open_dataset(tmp_path / "pictures")) == 1
+    with pytest.raises(ValueError, match=r"--data-dir goes with .*: leave it out"):
+        data.open_dataset("pictures", data_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"must be 1 \(grey\) or 3 \(RGB\), not 2"):
         data.open_dataset("fashion-mnist", channels=2)
+    (tmp_path / "idx").mkdir()
+    (tmp_path / "idx" / "t10k-images-idx3-ubyte.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match="give --dataset fashion-mnist --data-dir idx"):
+        data.open_dataset("idx")
 
 
 def test_hugging_face_names(monkeypatch):
@@ -251,8 +300,17 @@ def test_hugging_face_names(monkeypatch):
     images = data.open_dataset("someone/pictures", size=4, channels=3, labels=True)
     assert images.labels.tolist() == [0, 1, 1] and images.classes == ["a", "b"]
     assert images.pixels[:, 0, 0, 0].tolist() == [0, 10, 20]
-    with pytest.raises(ValueError, match=r"could not load it .no such data set."):
+    with pytest.raises(
+        ValueError, match=r"could not load it .no such data set.; give fashion-mnist"
+    ):
         data.open_dataset("someone/else")
+    monkeypatch.setattr(Table, "features", {"img": picture_kind(), "text": object()})
+    with pytest.raises(ValueError, match="no column of class labels, only img, text: leave --cl"):
+        data.open_dataset("someone/pictures", labels=True)
     monkeypatch.setattr(Table, "features", {"text": object()})
-    with pytest.raises(ValueError, match="has no image column"):
+    with pytest.raises(ValueError, match="has no column of images, only text: choose"):
+        data.open_dataset("someone/pictures")
+    monkeypatch.setattr(Table, "features", {"img": picture_kind()})
+    monkeypatch.setattr(Table, "__len__", lambda self: 0)
+    with pytest.raises(ValueError, match="has no rows"):
         data.open_dataset("someone/pictures")

@@ -1,5 +1,7 @@
 """The forward process, posterior and losses against reference values and each other."""
 
+import types
+
 import pytest
 import torch
 
@@ -103,12 +105,56 @@ def test_loss_draws_t_and_noise():
     assert seen[0].min() < 10 and seen[0].max() > 990
 
 
+X = torch.zeros(2, 1, 4, 4)
+T = torch.tensor([3, 4])
+
+
+@pytest.mark.parametrize(
+    "t, sentence",
+    [
+        (T.float(), r"t is \(2,\) torch.float32, expected \(2,\) int64: one diffusion step per"),
+        (T.bool(), "torch.bool, expected"),
+        (T.to(torch.uint8), "torch.uint8, expected"),
+        (T[:1], r"t is \(1,\) torch.int64, expected \(2,\)"),
+        (T[0], r"t is \(\) torch.int64"),
+        (T[:, None], r"t is \(2, 1\) torch.int64"),
+        ([3, 4], r"t is \[3, 4\], expected \(2,\)"),
+        (5, "t is 5, expected"),
+        (T - 4, r"t reaches from -1 to 0, expected steps 0 … 999"),
+        (T + 996, "t reaches from 999 to 1000"),
+    ],
+)
+def test_wrong_steps(t, sentence):
+    calls = (linear().q_sample, lambda x, t, z: linear().posterior(x, z, t), linear().predict_x0)
+    for call in calls:
+        with pytest.raises(ValueError, match=sentence):
+            call(X, t, X)
+
+
+def test_steps_of_either_integer_type():
+    noise = torch.ones_like(X)
+    assert torch.equal(linear().q_sample(X, T.int(), noise), linear().q_sample(X, T, noise))
+
+
 @pytest.mark.parametrize(
     "make, sentence",
     [
+        (lambda: linear().q_sample(X, T, X[:1]), r"noise is \(1, 1, 4, 4\) and x0 \(2, 1, 4, 4\)"),
+        (
+            lambda: linear().q_sample(X.byte(), T, X),
+            "x0 .* torch.uint8, expected .* floating point",
+        ),
+        (lambda: linear().predict_x0(X, T, X[0]), r"model_out is \(1, 4, 4\) and x_t"),
+        (lambda: linear().posterior(X[:1], X, T), r"x0 is \(1, 1, 4, 4\) and x_t"),
+        (lambda: linear().loss(lambda x, t: x, X, t=T, noise=X[:1]), "noise is"),
         (lambda: linear(prediction="noise"), "expected one of eps, x0, v"),
         (lambda: linear(variance="learned"), "expected one of small, large"),
         (lambda: linear(loss="mse"), "expected one of l1, l2, huber"),
+        (lambda: engine.Diffusion("cosine"), r"expected .* schedules\.betas\('cosine', 1000\)"),
+        (
+            lambda: linear().loss(lambda x, t: types.SimpleNamespace(sample=x), X),
+            r"the model returned SimpleNamespace, .* returns its \.sample",
+        ),
         (lambda: engine.Diffusion(torch.tensor([0.1, 1.0])), "0 < beta < 1"),
         (lambda: engine.Diffusion(torch.ones(2, 2) / 2), r"expected \(T,\)"),
         (

@@ -42,12 +42,25 @@ def test_wrong_shapes(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_loss_curve_leaves_out_skipped_steps_and_a_cut_line(tmp_path):
+def test_loss_curve_leaves_out_skipped_steps_and_a_cut_line(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: drawn.append(a) or plot(self, *a, **k))
     rows = [{"step": i, "loss": 1 / i if i != 3 else None} for i in range(1, 9)]
     lines = [json.dumps(row) for row in rows]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 9, "lo')
     path = plots.loss_curve(tmp_path)
     assert path == tmp_path / "loss.png" and Image.open(path).size[0] > 100
+    steps = [1, 2, 4, 5, 6, 7, 8]
+    (x, loss), (x_smooth, smooth) = drawn
+    assert x == x_smooth == steps and loss == [1 / i for i in steps]
+    assert smooth[0] == 1 and smooth[1] == pytest.approx(0.95 + 0.05 / 2)
+    assert {f.name for f in tmp_path.iterdir()} == {"loss.png", "metrics.jsonl"}
+
+
+def test_loss_curve_of_a_run_without_a_row(tmp_path):
+    assert Image.open(plots.loss_curve(tmp_path, tmp_path / "none.png")).size[0] > 100
 
 
 def test_a_failure_leaves_the_old_picture(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Samplers: coefficients against their definitions, and whole runs with known answers."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -138,9 +139,28 @@ def test_labels_and_modes():
         (dict(sampler="ddpm", eta=0.5), "ddpm has none"),
         (dict(steps=0), "use 1 … 25"),
         (dict(trajectory=1), "2 and more states"),
+        (dict(shape=4), r"shape is 4, expected \(N, C, H, W\)"),
+        (dict(shape=(4,)), r"shape is \(4,\), expected"),
+        (dict(shape=(-1, 1, 4, 4)), r"shape is \(-1, 1, 4, 4\), expected"),
+        (dict(shape=(1.5, 1, 4, 4)), "shape is .1.5"),
+        (dict(trajectory=2.5), "2 and more states"),
+        (dict(sampler="ddim", eta="1"), "eta is '1', expected"),
+        (dict(y=torch.zeros(2)), r"y is \(2,\), expected \(3,\) class labels"),
+        (dict(y=[0, 1, 2]), r"y is \[0, 1, 2\], expected \(3,\)"),
+        (dict(model=lambda x, t: None), "the model returned NoneType, expected a tensor like"),
+        (dict(model=lambda x, t: x[:1]), r"model_out is \(1, 1, 4, 4\)"),
+        (dict(steps=2.5), r"steps is 2\.5, expected a whole number"),
         (dict(seed=2**64), "seed"),
+        (dict(device="toaster"), "'toaster' is no device"),
     ],
 )
 def test_bad_input(kwargs, sentence):
+    kwargs = dict(model=zero, diffusion=diffusion(25), shape=SHAPE) | kwargs
     with pytest.raises(ValueError, match=sentence):
-        engine.sample(zero, diffusion(25), SHAPE, **kwargs)
+        engine.sample(**kwargs)
+
+
+def test_numpy_numbers_serve():
+    one, three = np.int64(1), np.int32(3)
+    found = engine.sample(zero, diffusion(25), (three, one, 4, 4), steps=np.int64(5), seed=one)
+    assert torch.equal(found, engine.sample(zero, diffusion(25), SHAPE, steps=5, seed=1))

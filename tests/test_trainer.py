@@ -10,44 +10,18 @@ import threading
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import engine
-from engine import checkpoint, data, unet
+from engine import checkpoint, data
 from engine import train as command
 from engine.train import TrainConfig, train
 from engine.trainer import STREAK, Diverged, Stopped, Trainer
 
-TINY = {
-    "image_size": 8,
-    "in_channels": 1,
-    "model_channels": 8,
-    "channel_mult": (1, 2),
-    "num_res_blocks": 1,
-    "num_groups": 4,
-    "dropout": 0.2,  # its random numbers must resume too
-}
 
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Pictures in two class folders, and U-Nets small enough for tests."""
-    rng = np.random.default_rng(0)
-    for i in range(24):
-        path = tmp_path / "pictures" / "ab"[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (8, 8)).astype(np.uint8)).save(path)
-    monkeypatch.setitem(unet.PRESETS, "cifar10", TINY)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine, threads that wait for each other take ages
-    yield tmp_path
-    torch.set_num_threads(threads)
-
-
-def config(folder, **changes) -> TrainConfig:
+def config(work, **changes) -> TrainConfig:
     values = {
-        "dataset": str(folder / "pictures"),
-        "out": folder / "run",
+        "dataset": str(work / "pictures"),
+        "out": work / "run",
         "timesteps": 20,
         "steps": 6,
         "batch": 4,
@@ -81,11 +55,11 @@ def weights(run) -> dict:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_resume_continues_exactly(folder, precision, accumulate):
+def test_resume_continues_exactly(work, precision, accumulate):
     options = {"precision": precision, "accumulate": accumulate, "steps": 20}
-    whole = weights(train(config(folder, out=folder / "whole", **options)))
-    halves = folder / "halves"
-    train(config(folder, out=halves, **{**options, "steps": 10}))
+    whole = weights(train(config(work, out=work / "whole", **options)))
+    halves = work / "halves"
+    train(config(work, out=halves, **{**options, "steps": 10}))
     train(resumed(halves, steps=20))
     assert checkpoint.read(halves)[1]["step"] == 20
     mine = weights(halves)
@@ -96,15 +70,15 @@ def test_resume_continues_exactly(folder, precision, accumulate):
     assert [row["step"] for row in rows_of(halves)] == list(range(1, 21))
 
 
-def test_accumulation_is_the_mean_over_the_batch(folder, monkeypatch):
+def test_accumulation_is_the_mean_over_the_batch(work, monkeypatch):
     """With the same t, noise and no dropout, pieces give the gradient of the whole batch."""
-    images = data.open_dataset(str(folder / "pictures"), size=8)
+    images = data.open_dataset(str(work / "pictures"), size=8)
     gradients = []
     for accumulate in (1, 4):
         torch.manual_seed(0)
-        model = engine.UNet(**{**TINY, "dropout": 0.0})
-        c = config(folder, accumulate=accumulate, precision="fp32", lr=1e-9)
-        trainer = Trainer(c, model, command.new_diffusion(c), images, folder)
+        model = engine.UNet.from_preset("cifar10", dropout=0.0)
+        c = config(work, accumulate=accumulate, precision="fp32", lr=1e-9)
+        trainer = Trainer(c, model, command.new_diffusion(c), images, work)
         fixed = lambda x0, y, index, t=trainer: t.diffusion.loss(  # noqa: E731
             t.model, x0, t=torch.full((len(x0),), 7), noise=x0.flip(3)
         )
@@ -114,9 +88,9 @@ def test_accumulation_is_the_mean_over_the_batch(folder, monkeypatch):
     assert gradients[0] == pytest.approx(gradients[1], rel=1e-5)
 
 
-def test_learns_and_ema_follows(folder):
+def test_learns_and_ema_follows(work):
     run = train(
-        config(folder, steps=80, batch=16, lr=5e-3, prediction="eps", samples=4, sample_every=50)
+        config(work, steps=80, batch=16, lr=5e-3, prediction="eps", samples=4, sample_every=50)
     )
     rows = rows_of(run)
     first = np.mean([row["loss"] for row in rows[:10]])
@@ -134,10 +108,10 @@ def test_learns_and_ema_follows(folder):
     }
 
 
-def test_ema_is_the_average_that_its_equation_says(folder):
-    images = data.open_dataset(str(folder / "pictures"), size=8)
-    c = config(folder, ema=0.3)
-    trainer = Trainer(c, engine.UNet(**TINY), command.new_diffusion(c), images, folder)
+def test_ema_is_the_average_that_its_equation_says(work):
+    images = data.open_dataset(str(work / "pictures"), size=8)
+    c = config(work, ema=0.3)
+    trainer = Trainer(c, engine.UNet.from_preset("cifar10"), command.new_diffusion(c), images, work)
     name = "conv_out.weight"
     expected = trainer.parameters[name].detach().clone()
     for step in range(6):
@@ -148,14 +122,14 @@ def test_ema_is_the_average_that_its_equation_says(folder):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_steps_with_nan_are_skipped_and_counted(folder, monkeypatch, capsys, bad):
+def test_steps_with_nan_are_skipped_and_counted(work, monkeypatch, capsys, bad):
     real = Trainer.loss
 
     def loss(self, x0, y, index):
         return real(self, x0, y, index) * (bad if index in (2, 3) else 1.0)
 
     monkeypatch.setattr(Trainer, "loss", loss)
-    run = train(config(folder, steps=6))
+    run = train(config(work, steps=6))
     rows = rows_of(run)
     assert [row["skipped"] for row in rows] == [0, 0, 1, 2, 2, 2]
     assert rows[2]["loss"] is None and rows[5]["loss"] > 0
@@ -167,10 +141,10 @@ def test_steps_with_nan_are_skipped_and_counted(folder, monkeypatch, capsys, bad
     assert steps == {4.0}
 
 
-def test_a_skipped_step_changes_nothing(folder):
-    images = data.open_dataset(str(folder / "pictures"), size=8)
-    c = config(folder)
-    trainer = Trainer(c, engine.UNet(**TINY), command.new_diffusion(c), images, folder)
+def test_a_skipped_step_changes_nothing(work):
+    images = data.open_dataset(str(work / "pictures"), size=8)
+    c = config(work)
+    trainer = Trainer(c, engine.UNet.from_preset("cifar10"), command.new_diffusion(c), images, work)
     x, y = data.batch(images, 0, 4, seed=0)
     trainer.train_step(x, y)
     before = {k: p.detach().clone() for k, p in trainer.parameters.items()}
@@ -181,7 +155,7 @@ def test_a_skipped_step_changes_nothing(folder):
     assert trainer.skipped == 1 and trainer.streak == 1 and trainer.step == 2
 
 
-def test_a_streak_of_nan_ends_with_advice(folder, monkeypatch):
+def test_a_streak_of_nan_ends_with_advice(work, monkeypatch):
     real = Trainer.loss
 
     def loss(self, x0, y, index):
@@ -189,14 +163,14 @@ def test_a_streak_of_nan_ends_with_advice(folder, monkeypatch):
 
     monkeypatch.setattr(Trainer, "loss", loss)
     with pytest.raises(Diverged, match=r"--lr \(now 0.001\)") as error:
-        train(config(folder, steps=100, save_every=2))
+        train(config(work, steps=100, save_every=2))
     assert f"{STREAK} steps in a row" in str(error.value) and error.value.code == 1
-    tensors, info = checkpoint.read(folder / "run")
+    tensors, info = checkpoint.read(work / "run")
     assert info["step"] <= 4 + STREAK and all(bool(t.isfinite().all()) for t in tensors.values())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_stops(folder, monkeypatch, number):
+def test_a_signal_saves_and_stops(work, monkeypatch, number):
     assert threading.current_thread() is threading.main_thread()
     before = signal.getsignal(number)
     real = Trainer.train_step
@@ -208,17 +182,17 @@ def test_a_signal_saves_and_stops(folder, monkeypatch, number):
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
     with pytest.raises(Stopped, match=r"saved at step 4 of 6.*--resume") as stopped:
-        train(config(folder))
+        train(config(work))
     assert stopped.value.code == 128 + number and signal.getsignal(number) == before
-    assert checkpoint.read(folder / "run")[1]["step"] == 4
+    assert checkpoint.read(work / "run")[1]["step"] == 4
     monkeypatch.setattr(Trainer, "train_step", real)
-    train(resumed(folder / "run"))
-    straight = train(config(folder, out=folder / "straight"))
-    mine = weights(folder / "run")
+    train(resumed(work / "run"))
+    straight = train(config(work, out=work / "straight"))
+    mine = weights(work / "run")
     assert all(torch.equal(mine[k], v) for k, v in weights(straight).items())
 
 
-def test_a_killed_run_resumes_from_its_checkpoint(folder, monkeypatch):
+def test_a_killed_run_resumes_from_its_checkpoint(work, monkeypatch):
     """Rows after the checkpoint do not come twice; even a run without a step done can resume."""
     real = Trainer.train_step
 
@@ -228,32 +202,49 @@ def test_a_killed_run_resumes_from_its_checkpoint(folder, monkeypatch):
         return real(self, x, y)
 
     for save_every, saved in ((4, 4), (100, 0)):
-        run = folder / f"run{saved}"
+        run = work / f"run{saved}"
         monkeypatch.setattr(Trainer, "train_step", train_step)
         with pytest.raises(RuntimeError, match="went down"):
-            train(config(folder, out=run, save_every=save_every))
+            train(config(work, out=run, save_every=save_every))
         assert checkpoint.read(run)[1]["step"] == saved
         monkeypatch.setattr(Trainer, "train_step", real)
         train(resumed(run))
         assert [row["step"] for row in rows_of(run)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_class_conditional_run(folder):
-    run = train(config(folder, classes=True, samples=4))
+def test_steps_below_those_done_are_refused(work):
+    train(config(work))
+    before = (work / "run" / checkpoint.FILE).read_bytes()
+    with pytest.raises(ValueError, match=r"--steps 5 is less than the 6 steps that .*run has done"):
+        train(resumed(work / "run", steps=5))
+    assert (work / "run" / checkpoint.FILE).read_bytes() == before
+    train(resumed(work / "run", steps=6))  # nothing to do
+
+
+def test_the_checkpoint_is_the_first_file_of_a_run(work, monkeypatch):
+    """What is killed at any moment leaves a run to resume, or no file of one."""
+    monkeypatch.setattr("engine.trainer.Log", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(config(work))
+    assert [path.name for path in (work / "run").iterdir()] == [checkpoint.FILE]
+
+
+def test_class_conditional_run(work):
+    run = train(config(work, classes=True, samples=4))
     model, _, info = engine.load(run)
     assert model.config["num_classes"] == 2 and info["classes"] == ["a", "b"]
 
 
-def test_learning_rate_warms_up_and_decays(folder):
-    images = data.open_dataset(str(folder / "pictures"), size=8)
-    c = config(folder, steps=100, warmup=10, lr=1.0, decay=0.5)
-    trainer = Trainer(c, engine.UNet(**TINY), command.new_diffusion(c), images, folder)
+def test_learning_rate_warms_up_and_decays(work):
+    images = data.open_dataset(str(work / "pictures"), size=8)
+    c = config(work, steps=100, warmup=10, lr=1.0, decay=0.5)
+    trainer = Trainer(c, engine.UNet.from_preset("cifar10"), command.new_diffusion(c), images, work)
     rates = [trainer.learning_rate(step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert set(rates[10:51]) == {1.0} and rates[75] == pytest.approx(0.5) and rates[99] < 0.01
 
 
-def test_tensorboard_log(folder):
+def test_tensorboard_log(work):
     pytest.importorskip("tensorboard")
-    run = train(config(folder, tensorboard=True, sample_every=3))
+    run = train(config(work, tensorboard=True, sample_every=3))
     assert list((run / "tensorboard").glob("events.*"))

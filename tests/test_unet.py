@@ -1,7 +1,9 @@
 """The U-Net: parameter counts, options, and the whole model fused against eager."""
 
 import copy
+import json
 
+import numpy as np
 import pytest
 import torch
 from budget import error
@@ -52,11 +54,26 @@ def test_cifar10_parameter_count():
     assert sum(p.numel() for p in model.parameters()) == 35_746_307
 
 
+@pytest.mark.parametrize("size", [8, 16, 32, 64, 128])
+def test_attention_is_at_the_named_level_of_every_image_size(size):
+    """A preset at another size keeps its attention at 16×16, or says that it has no such level."""
+    if size == 8:
+        with pytest.raises(ValueError, match="names 16, but image_size 8 gives the levels 8, 4"):
+            engine.UNet.from_preset("cifar10", image_size=size)
+        return
+    with torch.device("meta"):
+        model = engine.UNet.from_preset("cifar10", image_size=size)
+    attends = [any(type(a).__name__ == "AttentionBlock" for a in d.attentions) for d in model.down]
+    assert attends == [size // 2**level == 16 for level in range(4)]
+
+
 def test_preset_overrides_and_config_round_trip():
     model = engine.UNet.from_preset("fashion-mnist", num_classes=10)
     again = engine.UNet(**model.config)
     assert again.config == model.config and again.label_embed.num_embeddings == 10
     again.load_state_dict(model.state_dict())
+    numbers = engine.UNet.from_preset("fashion-mnist", image_size=np.int64(28)).config
+    assert json.loads(json.dumps(numbers)) == engine.UNet.from_preset("fashion-mnist").config
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -103,6 +120,7 @@ def test_output_and_hidden_layout_is_channels_last(monkeypatch):
             module.register_forward_hook(lambda m, i, out: seen.append((i[0], out)))
     x, t, y = inputs(model)
     model(x, t, y)
+    assert len(seen) == sum(isinstance(m, torch.nn.Conv2d) for m in model.modules())
     for pair in seen:
         for h in pair:
             assert h.is_contiguous(memory_format=torch.channels_last)
@@ -166,6 +184,22 @@ def test_autocast_keeps_bfloat16_between_convolutions():
         (lambda: engine.UNet.from_preset("mnist"), "choose one of fashion-mnist, cifar10"),
         (lambda: engine.UNet.from_preset("cifar10", width=3), "preset 'cifar10'"),
         (lambda: engine.UNet(**{**SMALL, "image_size": 7}), "cannot be halved"),
+        (
+            lambda: engine.UNet(**{**SMALL, "attention_resolutions": (4, 16)}),
+            "names 16, but image_size 8 gives the levels 8, 4: name some of these",
+        ),
+        (
+            lambda: engine.UNet.from_preset("cifar10", image_size=24),
+            "names 16, but image_size 24 gives the levels 24, 12, 6, 3: .* an image_size of 16 tim",
+        ),
+        (lambda: engine.UNet(**{**SMALL, "attention_resolutions": 4}), "expected a tuple"),
+        (lambda: engine.UNet(**{**SMALL, "attention_resolutions": ("4",)}), "names '4'"),
+        (lambda: engine.UNet(**{**SMALL, "image_size": None}), "image_size is None, expected a wh"),
+        (lambda: engine.UNet(**{**SMALL, "image_size": 8.0}), "image_size is 8.0, expected a wh"),
+        (lambda: engine.UNet(**{**SMALL, "num_res_blocks": 0}), "num_res_blocks is 0, expected"),
+        (lambda: engine.UNet(**SMALL, num_classes=0), "num_classes is 0, expected a whole number"),
+        (lambda: engine.UNet(**{**SMALL, "channel_mult": ()}), "channel_mult is empty"),
+        (lambda: engine.UNet(**{**SMALL, "model_channels": 5}), "expected an even number > 2"),
         (lambda: engine.UNet(**{**SMALL, "num_groups": 5}), "cannot be split into num_groups=5"),
         (lambda: engine.UNet(**{**SMALL, "num_heads": 7}), "num_heads=7"),
         (lambda: engine.UNet(**{**SMALL, "conditioning": "film"}), "expected one of add"),
@@ -179,6 +213,12 @@ def test_autocast_keeps_bfloat16_between_convolutions():
         (
             lambda: engine.UNet(**SMALL, num_classes=3)(torch.ones(1, 2, 8, 8), torch.ones(1)),
             "needs y",
+        ),
+        (
+            lambda: engine.UNet(**SMALL, num_classes=3)(
+                torch.ones(1, 2, 8, 8), torch.ones(1), torch.ones(1)
+            ),
+            r"y is \(1,\) torch.float32, expected \(1,\) int64",
         ),
     ],
 )

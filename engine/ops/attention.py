@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from .layout import refuse_double_backward
+from .layout import check_tensors, refuse_double_backward
 
 
 def attention(
@@ -60,6 +60,7 @@ def arguments(q, k, v, *, scale=None):
 
 
 def _check_attention(q, k, v) -> None:
+    check_tensors("attention", q=q, k=k, v=v)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     fits = q.dim() == k.dim() == v.dim() == 4 and k.shape == v.shape
     if not (fits and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from .layout import dense, refuse_double_backward, rows
+from .layout import check_tensors, dense, is_positive, is_whole, refuse_double_backward, rows
 
 
 def group_norm_silu(
@@ -80,12 +80,13 @@ def arguments(
 
 
 def _check_group_norm_silu(x, weight, bias, num_groups, eps, add, scale, shift, activation) -> None:
+    check_tensors("group_norm_silu", x=x)
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(
             f"group_norm_silu: x is {tuple(x.shape)} {x.dtype}, expected (N, C, *S), floating point"
         )
     n, c = x.shape[:2]
-    if isinstance(num_groups, bool) or not isinstance(num_groups, int):
+    if not is_whole(num_groups):
         raise ValueError(
             f"group_norm_silu: num_groups is {num_groups!r}, a {type(num_groups).__name__}, "
             "expected an int"
@@ -98,12 +99,14 @@ def _check_group_norm_silu(x, weight, bias, num_groups, eps, add, scale, shift, 
         raise ValueError(
             f"group_norm_silu: activation is {activation!r}, expected 'silu' or 'none'"
         )
-    if not eps > 0:
-        raise ValueError(f"group_norm_silu: eps is {eps}, expected eps > 0")
+    if not is_positive(eps):
+        raise ValueError(f"group_norm_silu: eps is {eps!r}, expected eps > 0")
     operands = {"weight": weight, "bias": bias, "add": add, "scale": scale, "shift": shift}
     for name, t in operands.items():
         if t is None:
             continue
+        if not isinstance(t, Tensor):
+            check_tensors("group_norm_silu", **{name: t})
         expected = (c,) if name in ("weight", "bias") else (n, c)
         if tuple(t.shape) != expected or not t.is_floating_point():
             raise ValueError(

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from .layout import scalar
+from ..device import usable_device
+from .layout import is_whole, scalar
 
 # Streams of the noise contract: draws for different purposes never share a number.
 STEP_NOISE, INITIAL_NOISE, TRAINING_NOISE = 0, 1, 2
@@ -40,8 +41,10 @@ def arguments(seed, step, stream, shape, *, device="cpu", dtype=torch.float32, o
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"noise: dtype is {dtype}, expected float32, bfloat16 or float16")
     for name, value in (("stream", stream), ("offset", offset)):
-        if not isinstance(value, int) or not 0 <= value < (2**32 if name == "stream" else 2**63):
-            raise ValueError(f"noise: {name} is {value}, expected an integer, 0 or more")
+        if not is_whole(value) or not 0 <= value < (2**32 if name == "stream" else 2**63):
+            raise ValueError(f"noise: {name} is {value!r}, expected an integer, 0 or more")
+    if not torch.compiler.is_compiling():
+        device = usable_device(device)  # a sentence, in place of torch's own assertion
     out = torch.empty(shape, dtype=dtype, device=device)
     seed = scalar("seed", seed, out.device, -(2**63), 2**63)
     return out, seed, scalar("step", step, out.device, 0, 2**32), stream, offset

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from .layout import at_least_4d, dense, scalar
+from .layout import at_least_4d, check_tensors, dense, is_positive, is_whole, scalar
 
 
 def reverse_step(
@@ -34,15 +34,14 @@ def reverse_step(
     _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset)
     args = _reverse_step_args(x, model_out, coeffs, step, key, noise, clip, offset)
     backend = dispatch.pick("reverse_step", "eager" if x.numel() == 0 else impl, *args)
+    shape = x.shape
     if backend != "eager":
-        x, model_out, *rest = args
-        noise = None if rest[3] is None else dense(at_least_4d(rest[3]))
-        rest[3] = noise
-        y = dispatch.function("reverse_step", "fwd", backend)(
-            dense(at_least_4d(x)), dense(at_least_4d(model_out)), *rest
-        )
-        return y.view(x.shape) if y.shape != x.shape else y
-    return dispatch.function("reverse_step", "fwd", backend)(*args)
+        x, model_out, coeffs, step, seed, noise, clip, offset = args
+        x, model_out = dense(at_least_4d(x)), dense(at_least_4d(model_out))
+        noise = None if noise is None else dense(at_least_4d(noise))
+        args = (x, model_out, coeffs, step, seed, noise, clip, offset)
+    y = dispatch.function("reverse_step", "fwd", backend)(*args)
+    return y.view(shape) if y.shape != shape else y
 
 
 def arguments(x, model_out, coeffs, step, *, key=None, noise=None, clip=1.0, offset=0):
@@ -59,6 +58,7 @@ def _reverse_step_args(x, model_out, coeffs, step, key, noise, clip, offset) -> 
 
 def _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset) -> None:
     tensors = {"model_out": model_out} | ({} if noise is None else {"noise": noise})
+    check_tensors("reverse_step", x=x, coeffs=coeffs, **tensors)
     for name, t in tensors.items():
         if t.shape != x.shape or t.device != x.device or not t.is_floating_point():
             raise ValueError(
@@ -78,9 +78,9 @@ def _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset) ->
         raise ValueError(f"reverse_step: coeffs must be contiguous and on {x.device} like x")
     if (key is None) == (noise is None):
         raise ValueError("reverse_step: give exactly one of key (a seed) and noise (a tensor)")
-    if clip is not None and not clip > 0:
+    if clip is not None and not is_positive(clip):
         raise ValueError(
-            f"reverse_step: clip is {clip}, expected clip > 0, or None for no clipping"
+            f"reverse_step: clip is {clip!r}, expected clip > 0, or None for no clipping"
         )
-    if offset < 0:
-        raise ValueError(f"reverse_step: offset is {offset}, expected offset >= 0")
+    if not is_whole(offset) or offset < 0:
+        raise ValueError(f"reverse_step: offset is {offset!r}, expected offset >= 0")

@@ -1,0 +1,67 @@
+"""Where a model runs, and in which precision."""
+
+from __future__ import annotations
+
+import torch
+
+
+def choose_device(name: str | torch.device | None) -> torch.device:
+    """The device to train or sample on; for None the best there is: cuda, else cpu.
+
+    Raises ValueError, one sentence, for a device that is not there or is neither cpu nor cuda.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _parse(name)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device} is not supported: give cpu or cuda")
+    return usable_device(device)
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of that name. Raises ValueError, one sentence, if this torch cannot use it."""
+    device = _parse(name)
+    if device.type == "cpu":
+        return device
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if torch.version.cuda is None and torch.version.hip is None:
+            reason = (
+                f"this torch ({torch.__version__}) is built without CUDA: "
+                "use cpu, or install a CUDA build of torch"
+            )
+        elif not count:
+            reason = "torch finds no GPU: use cpu, or see with nvidia-smi whether the driver runs"
+        elif (device.index or 0) >= count:
+            reason = f"torch finds {count} GPU(s), the last is cuda:{count - 1}"
+        else:
+            return device
+        raise ValueError(f"device {device}: {reason}")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # each device type complains in its own way, AssertionError included
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"device {device} cannot be used: {reason[:200]}") from None
+    return device
+
+
+def _parse(name: str | torch.device) -> torch.device:
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{name!r} is no device: give cpu, cuda or cuda:1") from None
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """bf16 for "auto" where the device has arithmetic for it; elsewhere fp32 is faster."""
+    if name != "auto":
+        return torch.bfloat16 if name == "bf16" else torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype):
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
