@@ -1,12 +1,14 @@
 """Triton: attention by online softmax, forward (backward: attention_bwd.py).
 
 forward   out = softmax(q kᵀ·scale) v, a block of queries against all keys, block by block:
-          s = q kᵀ;  m' = max(m, rowmax s);  p = exp((s - m')·scale);  α = exp((m - m')·scale)
+          s = q kᵀ, negated for a negative scale, which is positive from then on;
+          m' = max(m, rowmax s);  p = exp((s - m')·scale);  α = exp((m - m')·scale)
           total = α·total + Σp;  acc = α·acc + p v;  at the end out = acc / total
 grid      one program per (block of queries, head)
 saved     out and lse = ln Σ exp(q kᵀ·scale) (N, heads, S) float32
-refused   head_dim > 256, scale <= 0, unequal dtypes, dtypes other than float32, bfloat16, float16;
-          CPU tensors outside the interpreter
+refused   head_dim > 256 (the tiles fill the registers and 99 KB of shared memory); a scale that is
+          not finite; unequal dtypes, dtypes other than float32, bfloat16, float16; CPU tensors
+          outside the interpreter
 bound by  4·S·Sk·D flop on tensor cores (float32: in full precision on the other cores) and S·Sk
           exponentials; for short sequences by the bytes of q, k, v and out
 
@@ -24,6 +26,7 @@ from . import boundary
 from .attention_bwd import attention_bwd
 from .attention_tiles import (
     MAX_HEAD_DIM,
+    head_at,
     head_of,
     load_rows,
     products,
@@ -32,7 +35,7 @@ from .attention_tiles import (
     tiles,
     widths,
 )
-from .triton_base import dot_operand, loop_count
+from .triton_base import dot_operand, loop_count, programs
 from .triton_base import refusals as base_refusals
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -69,17 +72,15 @@ def _attention_fwd_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
     FULL_K: tl.constexpr,  # SK is a multiple of BLOCK_K
+    SIGN: tl.constexpr,  # of the scale, which is positive itself
 ):
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     block, n, h = head_of(tl.program_id(0), tl.cdiv(S, BLOCK_S), HEADS)
     row = block * BLOCK_S + tl.arange(0, BLOCK_S)
-    q_ptr += (n * stride_qn + h * stride_qh) * VECTOR
-    k_ptr += (n * stride_kn + h * stride_kh) * VECTOR
-    v_ptr += (n * stride_vn + h * stride_vh) * VECTOR
-    out_ptr += (n * stride_outn + h * stride_outh) * VECTOR
-    stride_qs = stride_qs * VECTOR
-    stride_ks = stride_ks * VECTOR
-    stride_vs = stride_vs * VECTOR
+    q_ptr, stride_qs = head_at(q_ptr, n, h, stride_qn, stride_qh, stride_qs, VECTOR)
+    k_ptr, stride_ks = head_at(k_ptr, n, h, stride_kn, stride_kh, stride_ks, VECTOR)
+    v_ptr, stride_vs = head_at(v_ptr, n, h, stride_vn, stride_vh, stride_vs, VECTOR)
+    out_ptr, stride_outs = head_at(out_ptr, n, h, stride_outn, stride_outh, stride_outs, VECTOR)
     q = load_rows(q_ptr, row, stride_qs, S, D, BLOCK_D)
     m = tl.full((BLOCK_S,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_S,), tl.float32)
@@ -88,6 +89,8 @@ def _attention_fwd_kernel(
         col = i * BLOCK_K + tl.arange(0, BLOCK_K)
         k = load_rows(k_ptr, col, stride_ks, SK, D, BLOCK_D)
         s = products(q, k, q_ptr, row, stride_qs, S, k_ptr, col, stride_ks, SK, D, BLOCK_D, CHUNK_D)
+        if SIGN != 1:  # the running maximum is that of the scaled products
+            s = s * SIGN
         if not FULL_K:
             s = tl.where((col < SK)[None, :], s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, axis=1))
@@ -98,7 +101,7 @@ def _attention_fwd_kernel(
         v = load_rows(v_ptr, col, stride_vs, SK, D, BLOCK_D)
         acc = tl.dot(dot_operand(p, dtype), v, acc * alpha[:, None], input_precision="ieee")
         m = m_new
-    store_rows(out_ptr, row, acc / total[:, None], stride_outs * VECTOR, S, D, BLOCK_D)
+    store_rows(out_ptr, row, acc / total[:, None], stride_outs, S, D, BLOCK_D)
     lse_ptr += (n * HEADS + h) * S
     tl.store(lse_ptr + row, m * scale + tl.log(total), mask=row < S)
 
@@ -113,17 +116,17 @@ def attention_fwd(
     keys = k.shape[2]
     out = boundary.empty_heads(q, length, head_dim)
     lse = q.new_empty((n, heads, length), dtype=torch.float32)
-    t = tiles(q, length, keys, backward=False)
+    t = tiles(q, length, keys, "fwd")
     every, vector = strides(q, k, v, out)
     with torch.cuda.device_of(q):
-        _attention_fwd_kernel[(triton.cdiv(length, t.fixed) * n * heads,)](
+        _attention_fwd_kernel[programs(triton.cdiv(length, t.fixed) * n * heads)](
             q,
             k,
             v,
             out,
             lse,
             *every,
-            scale,
+            abs(scale) or 1.0,  # of zero: with sign 0 every product is 0
             heads,
             length,
             keys,
@@ -132,6 +135,7 @@ def attention_fwd(
             BLOCK_S=t.fixed,
             BLOCK_K=t.moving,
             FULL_K=keys % t.moving == 0,
+            SIGN=(scale > 0) - (scale < 0),
             **widths(q),
             **t.options,
         )
@@ -142,8 +146,8 @@ def refusals(op: str, q, k, v, scale) -> list[str]:
     reasons = base_refusals(q, k, v)
     if q.shape[-1] > MAX_HEAD_DIM:
         reasons.append(f"head_dim {q.shape[-1]} > {MAX_HEAD_DIM}")
-    if not scale > 0:
-        reasons.append(f"scale {scale} is not positive")
+    if not abs(scale) < math.inf:
+        reasons.append(f"scale {scale} is not finite")
     if v.shape[-1] != q.shape[-1]:
         reasons.append(f"head_dim of v {v.shape[-1]} is not that of q {q.shape[-1]}")
     if not q.dtype == k.dtype == v.dtype:

@@ -17,8 +17,17 @@ import triton
 import triton.language as tl
 
 from . import boundary
-from .attention_tiles import head_of, load_rows, products, store_rows, strides, tiles, widths
-from .triton_base import dot_operand, loop_count
+from .attention_tiles import (
+    head_at,
+    head_of,
+    load_rows,
+    products,
+    store_rows,
+    strides,
+    tiles,
+    widths,
+)
+from .triton_base import dot_operand, loop_count, programs
 
 LOG2E = tl.constexpr(math.log2(math.e))
 DELTA = 4096  # elements a program of the delta kernel
@@ -44,10 +53,12 @@ def _attention_delta_kernel(
 ):
     block, n, h = head_of(tl.program_id(0), tl.cdiv(S, BLOCK_S), HEADS)
     row = block * BLOCK_S + tl.arange(0, BLOCK_S)
-    dout_ptr += (n * stride_doutn + h * stride_douth) * VECTOR
-    out_ptr += (n * stride_outn + h * stride_outh) * VECTOR
-    dout = load_rows(dout_ptr, row, stride_douts * VECTOR, S, D, BLOCK_D).to(tl.float32)
-    out = load_rows(out_ptr, row, stride_outs * VECTOR, S, D, BLOCK_D).to(tl.float32)
+    dout_ptr, stride_douts = head_at(
+        dout_ptr, n, h, stride_doutn, stride_douth, stride_douts, VECTOR
+    )
+    out_ptr, stride_outs = head_at(out_ptr, n, h, stride_outn, stride_outh, stride_outs, VECTOR)
+    dout = load_rows(dout_ptr, row, stride_douts, S, D, BLOCK_D).to(tl.float32)
+    out = load_rows(out_ptr, row, stride_outs, S, D, BLOCK_D).to(tl.float32)
     at = (n * HEADS + h) * S + row
     tl.store(delta_ptr + at, tl.sum(dout * out, axis=1), mask=row < S)
 
@@ -92,14 +103,12 @@ def _attention_dkdv_kernel(
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     block, n, h = head_of(tl.program_id(0), tl.cdiv(SK, BLOCK_K), HEADS)
     col = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    dout_ptr += (n * stride_doutn + h * stride_douth) * VECTOR
-    q_ptr += (n * stride_qn + h * stride_qh) * VECTOR
-    k_ptr += (n * stride_kn + h * stride_kh) * VECTOR
-    v_ptr += (n * stride_vn + h * stride_vh) * VECTOR
-    stride_douts = stride_douts * VECTOR
-    stride_qs = stride_qs * VECTOR
-    stride_ks = stride_ks * VECTOR
-    stride_vs = stride_vs * VECTOR
+    dout_ptr, stride_douts = head_at(
+        dout_ptr, n, h, stride_doutn, stride_douth, stride_douts, VECTOR
+    )
+    q_ptr, stride_qs = head_at(q_ptr, n, h, stride_qn, stride_qh, stride_qs, VECTOR)
+    k_ptr, stride_ks = head_at(k_ptr, n, h, stride_kn, stride_kh, stride_ks, VECTOR)
+    v_ptr, stride_vs = head_at(v_ptr, n, h, stride_vn, stride_vh, stride_vs, VECTOR)
     k = load_rows(k_ptr, col, stride_ks, SK, D, BLOCK_D)
     v = load_rows(v_ptr, col, stride_vs, SK, D, BLOCK_D)
     lse_ptr += (n * HEADS + h) * S
@@ -121,9 +130,10 @@ def _attention_dkdv_kernel(
         delta = tl.load(delta_ptr + row, mask=row < S, other=0.0)
         ds = p * (dp - delta[None, :])
         dk = tl.dot(dot_operand(ds, dtype), q, dk, input_precision="ieee")
-    at = (n * stride_dkn + h * stride_dkh) * VECTOR
-    store_rows(dk_ptr + at, col, dk * scale, stride_dks * VECTOR, SK, D, BLOCK_D)
-    store_rows(dv_ptr + at, col, dv, stride_dks * VECTOR, SK, D, BLOCK_D)
+    dk_ptr, _ = head_at(dk_ptr, n, h, stride_dkn, stride_dkh, stride_dks, VECTOR)
+    dv_ptr, stride_dks = head_at(dv_ptr, n, h, stride_dkn, stride_dkh, stride_dks, VECTOR)
+    store_rows(dk_ptr, col, dk * scale, stride_dks, SK, D, BLOCK_D)
+    store_rows(dv_ptr, col, dv, stride_dks, SK, D, BLOCK_D)
 
 
 @triton.jit
@@ -166,14 +176,12 @@ def _attention_dq_kernel(
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     block, n, h = head_of(tl.program_id(0), tl.cdiv(S, BLOCK_S), HEADS)
     row = block * BLOCK_S + tl.arange(0, BLOCK_S)
-    dout_ptr += (n * stride_doutn + h * stride_douth) * VECTOR
-    q_ptr += (n * stride_qn + h * stride_qh) * VECTOR
-    k_ptr += (n * stride_kn + h * stride_kh) * VECTOR
-    v_ptr += (n * stride_vn + h * stride_vh) * VECTOR
-    stride_douts = stride_douts * VECTOR
-    stride_qs = stride_qs * VECTOR
-    stride_ks = stride_ks * VECTOR
-    stride_vs = stride_vs * VECTOR
+    dout_ptr, stride_douts = head_at(
+        dout_ptr, n, h, stride_doutn, stride_douth, stride_douts, VECTOR
+    )
+    q_ptr, stride_qs = head_at(q_ptr, n, h, stride_qn, stride_qh, stride_qs, VECTOR)
+    k_ptr, stride_ks = head_at(k_ptr, n, h, stride_kn, stride_kh, stride_ks, VECTOR)
+    v_ptr, stride_vs = head_at(v_ptr, n, h, stride_vn, stride_vh, stride_vs, VECTOR)
     q = load_rows(q_ptr, row, stride_qs, S, D, BLOCK_D)
     dout = load_rows(dout_ptr, row, stride_douts, S, D, BLOCK_D)
     at = (n * HEADS + h) * S + row
@@ -193,8 +201,8 @@ def _attention_dq_kernel(
         )
         ds = p * (dp - delta[:, None])
         dq = tl.dot(dot_operand(ds, dtype), k, dq, input_precision="ieee")
-    dq_ptr += (n * stride_dqn + h * stride_dqh) * VECTOR
-    store_rows(dq_ptr, row, dq * scale, stride_dqs * VECTOR, S, D, BLOCK_D)
+    dq_ptr, stride_dqs = head_at(dq_ptr, n, h, stride_dqn, stride_dqh, stride_dqs, VECTOR)
+    store_rows(dq_ptr, row, dq * scale, stride_dqs, S, D, BLOCK_D)
 
 
 def attention_bwd(
@@ -216,7 +224,7 @@ def attention_bwd(
     sizes = {"VECTOR": vector, **widths(q)}
     delta_rows = max(1, DELTA // sizes["BLOCK_D"])
     with torch.cuda.device_of(q):
-        _attention_delta_kernel[(triton.cdiv(length, delta_rows) * n * heads,)](
+        _attention_delta_kernel[programs(triton.cdiv(length, delta_rows) * n * heads)](
             dout,
             out,
             delta,
@@ -230,8 +238,8 @@ def attention_bwd(
             BLOCK_S=delta_rows,
             enable_fp_fusion=True,
         )
-        t = tiles(q, keys, length, backward=True)
-        _attention_dkdv_kernel[(triton.cdiv(keys, t.fixed) * n * heads,)](
+        t = tiles(q, keys, length, "dkdv")
+        _attention_dkdv_kernel[programs(triton.cdiv(keys, t.fixed) * n * heads)](
             *inputs,
             dk,
             dv,
@@ -247,8 +255,8 @@ def attention_bwd(
             **sizes,
             **t.options,
         )
-        t = tiles(q, length, keys, backward=True)
-        _attention_dq_kernel[(triton.cdiv(length, t.fixed) * n * heads,)](
+        t = tiles(q, length, keys, "dq")
+        _attention_dq_kernel[programs(triton.cdiv(length, t.fixed) * n * heads)](
             *inputs,
             dq,
             *every[:15],

@@ -71,6 +71,12 @@ def head_of(pid, blocks, HEADS):
     return pid % blocks, (head // HEADS).to(tl.int64), (head % HEADS).to(tl.int64)
 
 
+@triton.jit
+def head_at(ptr, n, h, stride_n, stride_h, stride_s, VECTOR: tl.constexpr):
+    """Where head (n, h) begins, and the distance of its rows in elements, which may pass 2³¹."""
+    return ptr + (n * stride_n + h * stride_h) * VECTOR, tl.cast(stride_s, tl.int64) * VECTOR
+
+
 class Tiles(NamedTuple):
     fixed: int  # rows that a program owns
     moving: int  # rows it reads at a time
@@ -83,13 +89,16 @@ class Tiles(NamedTuple):
         return options | {"enable_fp_fusion": True}
 
 
-def tiles(q: torch.Tensor, owned: int, read: int, backward: bool) -> Tiles:
+def tiles(q: torch.Tensor, owned: int, read: int, stage: str) -> Tiles:
     """Sizes that fit 99 KB of shared memory, the least of compute capability 8 and up, and the
     registers (tests/test_triton_compile.py holds both); not yet tuned on a device."""
     wide = triton.next_power_of_2(q.shape[-1])
     if q.dtype == torch.float32:
-        t = Tiles(16, 16, 8, 1)
-    elif backward:
+        # No tensor cores: few registers. Two exceptions of which ptxas would spill 8 bytes (sm_80).
+        t = {("dkdv", 64): Tiles(16, 16, 4, 1), ("dq", 128): Tiles(32, 16, 8, 1)}.get(
+            (stage, wide), Tiles(16, 16, 8, 1)
+        )
+    elif stage != "fwd":
         t = Tiles(32, 32, 8, 2) if wide == 256 else Tiles(64, 32, 4, 2)
     else:
         t = {128: Tiles(128, 32, 8, 2), 256: Tiles(64, 16, 8, 2)}.get(wide, Tiles(128, 64, 4, 2))

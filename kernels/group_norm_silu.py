@@ -24,11 +24,13 @@ from .group_norm_silu_tiles import (
     operand,
     place,
     plan,
+    plane,
     pointers,
     row_stride,
     to_channels,
+    unless_alone,
 )
-from .triton_base import loop_count, rounded
+from .triton_base import loop_count, programs, rounded
 from .triton_base import refusals as base_refusals
 
 
@@ -77,7 +79,7 @@ def _group_norm_silu_fwd_kernel(
     gain, offset = affine(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, c_mask, stride_scalen, stride_shiftn
     )
-    rstd = to_channels(rstd, GROUP, BLOCK_G, BLOCK_C)
+    rstd = to_channels(unless_alone(rstd, S, GROUP), GROUP, BLOCK_G, BLOCK_C)
     y = act(d * rstd[:, None], gain, offset, SILU)
     y_at = pointers(y_ptr, n, g0 * GROUP, 0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
     tl.store(y_at, rounded(y, y_ptr.dtype.element_ty), mask=mask)
@@ -113,8 +115,7 @@ def _group_norm_silu_stats_kernel(
     m2 = tl.zeros((BLOCK_G,), tl.float32)
     for i in range(TILES):
         s0 = (chunk_s * TILES + i) * BLOCK_S
-        s = s0 + tl.arange(0, BLOCK_S)
-        mask = c_mask[:, None] & (s < S)[None, :]
+        mask = c_mask[:, None] & (tl.arange(0, BLOCK_S) < S - s0)[None, :]
         x_at = pointers(x_ptr, n, c0, s0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
         u = tl.load(x_at, mask=mask, other=0.0).to(tl.float32) + add
         more = (width * tl.maximum(0, tl.minimum(BLOCK_S, S - s0))).to(tl.float32)
@@ -129,8 +130,8 @@ def _group_norm_silu_stats_kernel(
     g = g0 + tl.arange(0, BLOCK_G)
     at = (n * G + g) * (C_CHUNKS * S_CHUNKS) + chunk_c * S_CHUNKS + chunk_s
     tl.store(stats_ptr + at, base, mask=g < G)
-    tl.store(stats_ptr + stats_size + at, delta, mask=g < G)
-    tl.store(stats_ptr + 2 * stats_size + at, m2, mask=g < G)
+    tl.store(plane(stats_ptr, 1, stats_size) + at, delta, mask=g < G)
+    tl.store(plane(stats_ptr, 2, stats_size) + at, m2, mask=g < G)
 
 
 @triton.jit
@@ -154,8 +155,8 @@ def _merged(
     mask = row_mask[:, None] & (k < chunks)[None, :]
     base = tl.load(stats_ptr + row * chunks, mask=row_mask, other=0.0)
     delta = tl.load(stats_ptr + at, mask=mask, other=0.0) - base[:, None]
-    delta += tl.load(stats_ptr + stats_size + at, mask=mask, other=0.0)
-    m2 = tl.load(stats_ptr + 2 * stats_size + at, mask=mask, other=0.0)
+    delta += tl.load(plane(stats_ptr, 1, stats_size) + at, mask=mask, other=0.0)
+    m2 = tl.load(plane(stats_ptr, 2, stats_size) + at, mask=mask, other=0.0)
     positions = tl.minimum(CHUNK_S, S - (k % S_CHUNKS) * CHUNK_S)
     width = tl.minimum(BLOCK_C, GROUP - (k // S_CHUNKS) * BLOCK_C)
     count = tl.where(mask, (positions * width).to(tl.float32)[None, :], 0.0)
@@ -229,8 +230,7 @@ def _group_norm_silu_apply_kernel(
     rstd = to_channels(rstd, GROUP, BLOCK_G, BLOCK_C)[:, None]
     for i in range(TILES):
         s0 = (chunk_s * TILES + i) * BLOCK_S
-        s = s0 + tl.arange(0, BLOCK_S)
-        mask = c_mask[:, None] & (s < S)[None, :]
+        mask = c_mask[:, None] & (tl.arange(0, BLOCK_S) < S - s0)[None, :]
         x_at = pointers(x_ptr, n, c0, s0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
         u = tl.load(x_at, mask=mask, other=0.0).to(tl.float32) + add
         y = act(((u - base) - mean) * rstd, gain, offset, SILU)
@@ -261,12 +261,12 @@ def group_norm_silu_fwd(
     flags = {"GROUP": C // G, "CHANNELS_LAST": last, **p.blocks, **p.options}
     with torch.cuda.device_of(x):
         if p.resident:
-            _group_norm_silu_fwd_kernel[(N * p.slabs,)](
+            _group_norm_silu_fwd_kernel[programs(N * p.slabs)](
                 *operands, y, mean, rstd, *strides, C, S, G, eps, SILU=silu, **flags
             )
             return y, mean, rstd
         chunks = p.c_chunks * p.s_chunks
-        grid = (N * p.slabs * chunks,)
+        grid = programs(N * p.slabs * chunks)
         stats = x.new_empty((3, N * G, chunks), dtype=torch.float32)
         sizes = (stats[0].numel(), C, S, G)
         cuts = (p.c_chunks, p.s_chunks, loop_count(p.tiles))

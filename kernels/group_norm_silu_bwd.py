@@ -6,7 +6,7 @@ backward  dv = dy·σ(v)·(1 + v·(1 - σ(v))), v and x̂ recomputed from x, mea
           dx = rstd·(γ·dv - (S1 + x̂·S2)/M);  dadd = rstd·(γ·A - (S·S1 + X·S2)/M);  dshift = A
           dscale = weight·B + bias·A;  dweight = Σₙ(1 + scale)·B;  dbias = Σₙ(1 + scale)·A
 grid      resident: one program per (n, slab of groups), x and dy read once;
-          large: sums per (n, slab, channel chunk, position chunk), merge per (n, slab), dx;
+          large: sums, merge, dx (group_norm_silu_bwd_large.py);
           both end with one small launch per channel block, over n
 sums      single writer, fixed order, no atomics: the same bits on every run
 bound by  bytes: 6 an element in bf16 resident (x, dy in, dx out), 10 large; float32 twice that
@@ -17,6 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .group_norm_silu_bwd_large import (
+    MERGE,
+    _group_norm_silu_dx_kernel,
+    _group_norm_silu_merge_kernel,
+    _group_norm_silu_sums_kernel,
+)
 from .group_norm_silu_tiles import (
     RESIDENT_BWD,
     act_grad,
@@ -25,25 +31,17 @@ from .group_norm_silu_tiles import (
     channels,
     channels_last,
     operand,
-    place,
     plan,
+    plane,
     pointers,
     row_stride,
+    store_sums,
     to_channels,
+    unless_alone,
 )
-from .triton_base import loop_count, rounded
+from .triton_base import loop_count, programs, rounded
 
-MERGE = tl.constexpr(16)  # chunks added at a time
 SMALL_N, SMALL_C = 32, 32  # tile of the last launch
-
-
-@triton.jit
-def _store_sums(abx_ptr, size, at, mask, A, B, X):
-    """Three planes of `size` elements."""
-    if abx_ptr is not None:
-        tl.store(abx_ptr + at, A, mask=mask)
-        tl.store(abx_ptr + size + at, B, mask=mask)
-        tl.store(abx_ptr + 2 * size + at, X, mask=mask)
 
 
 @triton.jit
@@ -88,6 +86,7 @@ def _group_norm_silu_bwd_kernel(
     dy = tl.load(dy_at, mask=mask, other=0.0).to(tl.float32)
     mean = tl.load(mean_ptr + n * G + c // GROUP, mask=c_mask, other=0.0)[:, None]
     rstd = tl.load(rstd_ptr + n * G + c // GROUP, mask=c_mask, other=0.0)[:, None]
+    rstd = unless_alone(rstd, S, GROUP)
 
     u = x + operand(add_ptr, n * stride_addn + c, c_mask, 0.0)[:, None]
     count = tl.cast(S, tl.float32) * GROUP
@@ -109,194 +108,11 @@ def _group_norm_silu_bwd_kernel(
     dx = rstd * (gain[:, None] * dv - (S1_c + x_hat * S2_c))
     dx_at = pointers(dx_ptr, n, g0 * GROUP, 0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
     tl.store(dx_at, rounded(dx, dx_ptr.dtype.element_ty), mask=mask)
-    _store_sums(abx_ptr, abx_size, n * C + c, c_mask, A, B, X)
+    store_sums(abx_ptr, abx_size, n * C + c, c_mask, A, B, X)
     if s12_ptr is not None:
         g = g0 + tl.arange(0, BLOCK_G)
         tl.store(s12_ptr + n * G + g, S1, mask=g < G)
-        tl.store(s12_ptr + s12_size + n * G + g, S2, mask=g < G)
-
-
-@triton.jit
-def _group_norm_silu_sums_kernel(
-    dy_ptr,
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    add_ptr,
-    scale_ptr,
-    shift_ptr,
-    mean_ptr,
-    rstd_ptr,
-    sums_ptr,  # (3, S_CHUNKS, N·C): A, B, X of a position chunk
-    stride_addn,
-    stride_scalen,
-    stride_shiftn,
-    sums_size,  # S_CHUNKS·N·C
-    chunk_size,  # N·C
-    C,
-    S,
-    G,
-    C_CHUNKS,
-    S_CHUNKS,
-    TILES,
-    GROUP: tl.constexpr,
-    SILU: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    DY_LAST: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    n, g0, chunk_c, chunk_s = place(tl.program_id(0), G, C_CHUNKS, S_CHUNKS, BLOCK_G)
-    c, c_mask = channels(g0, chunk_c * BLOCK_C, C, GROUP, BLOCK_G, BLOCK_C)
-    c0 = g0 * GROUP + chunk_c * BLOCK_C
-    mean = tl.load(mean_ptr + n * G + c // GROUP, mask=c_mask, other=0.0)[:, None]
-    rstd = tl.load(rstd_ptr + n * G + c // GROUP, mask=c_mask, other=0.0)[:, None]
-    add = operand(add_ptr, n * stride_addn + c, c_mask, 0.0)[:, None]
-    gain, offset = affine(
-        weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, c_mask, stride_scalen, stride_shiftn
-    )
-    A = tl.zeros((BLOCK_C,), tl.float32)
-    B = tl.zeros((BLOCK_C,), tl.float32)
-    X = tl.zeros((BLOCK_C,), tl.float32)
-    for i in range(TILES):
-        s0 = (chunk_s * TILES + i) * BLOCK_S
-        s = s0 + tl.arange(0, BLOCK_S)
-        mask = c_mask[:, None] & (s < S)[None, :]
-        x_at = pointers(x_ptr, n, c0, s0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
-        u = tl.load(x_at, mask=mask, other=0.0).to(tl.float32) + add
-        dy_at = pointers(dy_ptr, n, c0, s0, C, S, DY_LAST, BLOCK_C, BLOCK_S)
-        dy = tl.load(dy_at, mask=mask, other=0.0).to(tl.float32)
-        x_hat = tl.where(mask, (u - mean) * rstd, 0.0)
-        dv = act_grad(dy, x_hat, gain, offset, SILU)
-        A += tl.sum(dv, axis=1)
-        B += tl.sum(dv * x_hat, axis=1)
-        X += tl.sum(x_hat, axis=1)
-    at = chunk_s.to(tl.int64) * chunk_size + n * C + c
-    _store_sums(sums_ptr, sums_size, at, c_mask, A, B, X)
-
-
-@triton.jit
-def _added(sums_ptr, chunk_size, at, mask, S_CHUNKS, STEPS):
-    """Sum over the position chunks, (BLOCK_C,)."""
-    total = tl.zeros(mask.shape, tl.float32)
-    for i in range(STEPS):
-        k = i * MERGE + tl.arange(0, MERGE)[None, :]
-        parts = tl.load(
-            sums_ptr + at[:, None] + k.to(tl.int64) * chunk_size,
-            mask=mask[:, None] & (k < S_CHUNKS),
-            other=0.0,
-        )
-        total += tl.sum(parts, axis=1)
-    return total
-
-
-@triton.jit
-def _group_norm_silu_merge_kernel(
-    weight_ptr,
-    scale_ptr,
-    sums_ptr,
-    abx_ptr,
-    s12_ptr,  # (3, N·G): S1, S2 and the mean of x̂, which is what rounding the mean left
-    stride_scalen,
-    sums_size,
-    chunk_size,  # N·C
-    s12_size,  # N·G
-    C,
-    S,
-    G,
-    C_CHUNKS,
-    S_CHUNKS,
-    STEPS,  # of MERGE chunks
-    GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    slabs = tl.cdiv(G, BLOCK_G)
-    n = (tl.program_id(0) // slabs).to(tl.int64)
-    g0 = (tl.program_id(0) % slabs) * BLOCK_G
-    S1 = tl.zeros((BLOCK_G,), tl.float32)
-    S2 = tl.zeros((BLOCK_G,), tl.float32)
-    rest = tl.zeros((BLOCK_G,), tl.float32)
-    for i in range(C_CHUNKS):
-        c, mask = channels(g0, i * BLOCK_C, C, GROUP, BLOCK_G, BLOCK_C)
-        at = n * C + c
-        A = _added(sums_ptr, chunk_size, at, mask, S_CHUNKS, STEPS)
-        B = _added(sums_ptr + sums_size, chunk_size, at, mask, S_CHUNKS, STEPS)
-        X = _added(sums_ptr + 2 * sums_size, chunk_size, at, mask, S_CHUNKS, STEPS)
-        _store_sums(abx_ptr, chunk_size, at, mask, A, B, X)
-        gain = operand(weight_ptr, c, mask, 1.0)
-        gain *= 1.0 + operand(scale_ptr, n * stride_scalen + c, mask, 0.0)
-        S1 += by_group(gain * A, GROUP, BLOCK_G)
-        S2 += by_group(gain * B, GROUP, BLOCK_G)
-        rest += by_group(X, GROUP, BLOCK_G)
-    rest /= tl.cast(S, tl.float32) * GROUP
-    g = g0 + tl.arange(0, BLOCK_G)
-    tl.store(s12_ptr + n * G + g, S1, mask=g < G)
-    tl.store(s12_ptr + s12_size + n * G + g, S2 - rest * S1, mask=g < G)
-    tl.store(s12_ptr + 2 * s12_size + n * G + g, rest, mask=g < G)
-
-
-@triton.jit
-def _group_norm_silu_dx_kernel(
-    dy_ptr,
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    add_ptr,
-    scale_ptr,
-    shift_ptr,
-    mean_ptr,
-    rstd_ptr,
-    s12_ptr,
-    dx_ptr,
-    stride_addn,
-    stride_scalen,
-    stride_shiftn,
-    s12_size,
-    C,
-    S,
-    G,
-    C_CHUNKS,
-    S_CHUNKS,
-    TILES,
-    GROUP: tl.constexpr,
-    SILU: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    DY_LAST: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    # Backwards: what the sums kernel read last is what the cache still holds.
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    n, g0, chunk_c, chunk_s = place(pid, G, C_CHUNKS, S_CHUNKS, BLOCK_G)
-    c, c_mask = channels(g0, chunk_c * BLOCK_C, C, GROUP, BLOCK_G, BLOCK_C)
-    c0 = g0 * GROUP + chunk_c * BLOCK_C
-    row = n * G + c // GROUP
-    mean = tl.load(mean_ptr + row, mask=c_mask, other=0.0)[:, None]
-    rstd = tl.load(rstd_ptr + row, mask=c_mask, other=0.0)[:, None]
-    count = tl.cast(S, tl.float32) * GROUP
-    S1 = tl.load(s12_ptr + row, mask=c_mask, other=0.0)[:, None] / count
-    S2 = tl.load(s12_ptr + s12_size + row, mask=c_mask, other=0.0)[:, None] / count
-    rest = tl.load(s12_ptr + 2 * s12_size + row, mask=c_mask, other=0.0)[:, None]
-    add = operand(add_ptr, n * stride_addn + c, c_mask, 0.0)[:, None]
-    gain, offset = affine(
-        weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, c_mask, stride_scalen, stride_shiftn
-    )
-    for i in range(TILES):
-        s0 = (chunk_s * TILES + i) * BLOCK_S
-        s = s0 + tl.arange(0, BLOCK_S)
-        mask = c_mask[:, None] & (s < S)[None, :]
-        x_at = pointers(x_ptr, n, c0, s0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
-        u = tl.load(x_at, mask=mask, other=0.0).to(tl.float32) + add
-        dy_at = pointers(dy_ptr, n, c0, s0, C, S, DY_LAST, BLOCK_C, BLOCK_S)
-        dy = tl.load(dy_at, mask=mask, other=0.0).to(tl.float32)
-        x_hat = (u - mean) * rstd - rest
-        dv = act_grad(dy, x_hat, gain, offset, SILU)
-        dx = rstd * (gain[:, None] * dv - (S1 + x_hat * S2))
-        dx_at = pointers(dx_ptr, n, c0, s0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
-        tl.store(dx_at, rounded(dx, dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(plane(s12_ptr, 1, s12_size) + n * G + g, S2, mask=g < G)
 
 
 @triton.jit
@@ -336,10 +152,10 @@ def _group_norm_silu_small_kernel(
         mask = (n < N) & (c < C)
         at = n * C + c
         A = tl.load(abx_ptr + at, mask=mask, other=0.0)
-        B = tl.load(abx_ptr + abx_size + at, mask=mask, other=0.0)
+        B = tl.load(plane(abx_ptr, 1, abx_size) + at, mask=mask, other=0.0)
         row = n * G + c // GROUP
         if HAS_REST:
-            rest = tl.load(s12_ptr + 2 * s12_size + row, mask=mask, other=0.0)
+            rest = tl.load(plane(s12_ptr, 2, s12_size) + row, mask=mask, other=0.0)
             B -= rest * A
         gain = 1.0 + operand(scale_ptr, n * stride_scalen + c, mask, 0.0)
         dweight += tl.sum(gain * B, axis=0)
@@ -349,12 +165,12 @@ def _group_norm_silu_small_kernel(
         if dscale_ptr is not None:
             tl.store(dscale_ptr + at, weight * B + bias * A, mask=mask)
         if dadd_ptr is not None:
-            X = tl.load(abx_ptr + 2 * abx_size + at, mask=mask, other=0.0)
+            X = tl.load(plane(abx_ptr, 2, abx_size) + at, mask=mask, other=0.0)
             if HAS_REST:
                 X -= rest * positions
             S1 = tl.load(s12_ptr + row, mask=mask, other=0.0)
-            S2 = tl.load(s12_ptr + s12_size + row, mask=mask, other=0.0)
-            rstd = tl.load(rstd_ptr + row, mask=mask, other=0.0)
+            S2 = tl.load(plane(s12_ptr, 1, s12_size) + row, mask=mask, other=0.0)
+            rstd = unless_alone(tl.load(rstd_ptr + row, mask=mask, other=0.0), S, GROUP)
             mean = (positions * S1 + X * S2) / (positions * GROUP)
             tl.store(dadd_ptr + at, rstd * (weight * gain * A - mean), mask=mask)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -380,7 +196,8 @@ def group_norm_silu_bwd(
     N, C, G = x.shape[0], x.shape[1], num_groups
     S = x.numel() // (N * C)
     last = channels_last(x)
-    p = plan(C // G, S, G, x.element_size(), last, RESIDENT_BWD)
+    dy_last = channels_last(dy)
+    p = plan(C // G, S, G, x.element_size(), last, RESIDENT_BWD, dy_last)
 
     def grad(like: torch.Tensor | None) -> torch.Tensor | None:
         return None if like is None else x.new_empty(like.shape, dtype=torch.float32)
@@ -396,15 +213,15 @@ def group_norm_silu_bwd(
     operands = (dy, x, weight, bias, add, scale, shift, mean, rstd)
     strides = (row_stride(add), row_stride(scale), row_stride(shift))
     group = {"GROUP": C // G, "enable_fp_fusion": True}
-    flags = {"SILU": silu, "CHANNELS_LAST": last, "DY_LAST": channels_last(dy), **group, **p.blocks}
+    flags = {"SILU": silu, "CHANNELS_LAST": last, "DY_LAST": dy_last, **group, **p.blocks}
     flags |= p.options
     with torch.cuda.device_of(x):
         if p.resident:
-            _group_norm_silu_bwd_kernel[(N * p.slabs,)](
+            _group_norm_silu_bwd_kernel[programs(N * p.slabs)](
                 *operands, dx, abx, s12, *strides, N * C, N * G, C, S, G, **flags
             )
         else:
-            grid = (N * p.slabs * p.c_chunks * p.s_chunks,)
+            grid = programs(N * p.slabs * p.c_chunks * p.s_chunks)
             sums = workspace(3, p.s_chunks, N * C)
             sizes = (sums[0].numel(), N * C)
             cuts = (p.c_chunks, p.s_chunks, loop_count(p.tiles))

@@ -17,9 +17,11 @@ RESIDENT_BWD = 8192  # of x, and as many of dy
 TILE = 4096  # elements a large program reads at a time
 CHUNK = 32768  # elements of a large program
 MAX_CHUNKS = 256  # position chunks
+MAX_GROUPS = 64  # of a program: sums per group compare every channel with every group
 SMALL = 2048  # a resident program takes several groups until it has so many elements
 ROW_BYTES = 128  # of a channels_last row that a program should read
 SECTOR = 32  # bytes; a program that reads less of a row wastes memory traffic
+EXTENT = 2**31  # elements between the first and the last one of a tile: its offsets are 32-bit
 
 
 @triton.jit
@@ -42,8 +44,8 @@ def pointers(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Pointers (BLOCK_C, BLOCK_S) to a tile. The tensor may pass 2³¹ elements, a tile's extent not:
-    only the offset of its corner is 64-bit, which saves registers."""
+    """Pointers (BLOCK_C, BLOCK_S) to a tile. The tensor may pass 2³¹ elements, a tile's extent not
+    (`plan`): only the offset of its corner is 64-bit, which saves registers."""
     i = tl.arange(0, BLOCK_C)[:, None]
     j = tl.arange(0, BLOCK_S)[None, :]
     if CHANNELS_LAST:
@@ -111,6 +113,19 @@ def act_grad(dy, x_hat, gain, offset, SILU: tl.constexpr):
 
 
 @triton.jit
+def unless_alone(rstd, S, GROUP: tl.constexpr):
+    """rstd, or 0 where a group is one element: x̂ and dx are 0 there, exactly.
+
+    Its own rstd, 1/√eps, is large and would multiply what a contracted γ·dv - S1 or an inexact
+    division left of a difference of equals.
+    """
+    if GROUP == 1:
+        return tl.where(S == 1, 0.0, rstd)
+    else:
+        return rstd
+
+
+@triton.jit
 def centred(u, mask, count, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
     """Per group: mean and what its rounding left; u less both; per group its sum of squares.
 
@@ -121,6 +136,21 @@ def centred(u, mask, count, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C:
     rest = by_group(tl.sum(d, axis=1), GROUP, BLOCK_G) / count
     d = tl.where(mask, d - to_channels(rest, GROUP, BLOCK_G, BLOCK_C)[:, None], 0.0)
     return mean, rest, d, by_group(tl.sum(d * d, axis=1), GROUP, BLOCK_G)
+
+
+@triton.jit
+def plane(ptr, i: tl.constexpr, size):
+    """The i-th plane of `size` elements; i·size may pass 2³¹ where `size` does not."""
+    return ptr + i * tl.cast(size, tl.int64)
+
+
+@triton.jit
+def store_sums(abx_ptr, size, at, mask, A, B, X):
+    """A, B, X in three planes of `size` elements."""
+    if abx_ptr is not None:
+        tl.store(abx_ptr + at, A, mask=mask)
+        tl.store(plane(abx_ptr, 1, size) + at, B, mask=mask)
+        tl.store(plane(abx_ptr, 2, size) + at, X, mask=mask)
 
 
 @triton.jit
@@ -165,18 +195,31 @@ def row_stride(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
 
-def plan(group: int, S: int, G: int, itemsize: int, last: bool, limit: int) -> Plan:
-    """How to cut a tensor with `group` channels a group; `limit`: elements of a resident tile."""
-    power = triton.next_power_of_2
-    s, block_g = power(S), 1
+def plan(
+    group: int,  # channels of a group
+    S: int,
+    G: int,
+    itemsize: int,
+    last: bool,  # layout of x
+    limit: int,  # elements of a resident tile
+    dy_last: bool | None = None,  # layout of dy
+) -> Plan:
+    """How to cut a tensor into tiles."""
+    power, lasts = triton.next_power_of_2, {last} if dy_last is None else {last, dy_last}
+    s, block_g, C = power(S), 1, G * group
     aligned = (G * group if last else S) % 8 == 0
     limit = limit if aligned else limit // 2
+
+    def too_far(block_c: int, block_s: int) -> bool:
+        extents = {True: (block_s - 1) * C + block_c, False: (block_c - 1) * S + block_s}
+        return any(extents[layout] > EXTENT for layout in lasts)
 
     def row(groups: int) -> int:  # bytes of a channels_last row
         return groups * group * itemsize
 
-    if power(group) * s <= limit:
-        while block_g < G and power(2 * block_g * group) * s <= limit:
+    if power(group) * s <= limit and not too_far(power(limit // s), s):
+        most = min(G, MAX_GROUPS)
+        while block_g < most and power(2 * block_g * group) * s <= limit:
             narrow = last and row(block_g) < ROW_BYTES
             if not narrow and block_g * group * s >= SMALL:
                 break
@@ -195,6 +238,14 @@ def plan(group: int, S: int, G: int, itemsize: int, last: bool, limit: int) -> P
     else:
         block_s = min(s, 1024)
         block_c = min(power(group), max(1, TILE // block_s))
+    while too_far(block_c, block_s):  # only in tensors of more than 2³¹ elements
+        if True in lasts and block_s > 1 and (block_s - 1) * C + block_c > EXTENT:
+            block_s //= 2
+        elif block_g > 1:
+            block_g //= 2
+            block_c = power(block_g * group)
+        else:
+            block_c //= 2
     tiles = max(1, CHUNK // (block_c * block_s), triton.cdiv(S, block_s * MAX_CHUNKS))
     tiles = min(tiles, triton.cdiv(S, block_s))
     c_chunks = triton.cdiv(block_g * group, block_c)

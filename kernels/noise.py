@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from . import boundary
+from .triton_base import programs, rounded
 from .triton_base import refusals as base_refusals
-from .triton_base import rounded
 
 BLOCK = 256  # quads a program
 
@@ -109,7 +109,7 @@ def noise_fwd(
     n = out.numel()
     quads = (offset + n + 3) // 4 - offset // 4
     with torch.cuda.device_of(out):
-        _noise_kernel[(triton.cdiv(quads, BLOCK),)](
+        _noise_kernel[programs(triton.cdiv(quads, BLOCK))](
             out, seed, step, stream, n, offset, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False
         )
 

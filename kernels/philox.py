@@ -80,6 +80,28 @@ def box_muller(w_even: torch.Tensor, w_odd: torch.Tensor) -> tuple[torch.Tensor,
     return r * cos, r * sin
 
 
+def _normals(
+    seed: torch.Tensor, step: torch.Tensor, stream: int, n: int, offset: int
+) -> torch.Tensor:
+    first = offset // 4
+    quad = torch.arange(first, (offset + n + 3) // 4, dtype=torch.int64, device=seed.device)
+    counter = (quad & MASK, (quad >> 32) & MASK, step & MASK, stream & MASK)
+    w0, w1, w2, w3 = philox4x32(counter, (seed & MASK, (seed >> 32) & MASK))
+    normals = torch.stack((*box_muller(w0, w1), *box_muller(w2, w3)), dim=1).view(-1)
+    return normals[offset - 4 * first :][:n].clone()
+
+
+# One opaque node for compilers: Inductor took eight minutes to fuse the rounds for a CPU, and where
+# it contracts a·b + c, as Triton does unless told not to, the bits would change.
+_library = torch.library.Library("engine_eager", "FRAGMENT")
+_library.define("normals(Tensor seed, Tensor step, int stream, SymInt n, SymInt offset) -> Tensor")
+_library.impl("normals", _normals, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "engine_eager::normals",
+    lambda seed, step, stream, n, offset: seed.new_empty((n,), dtype=torch.float32),
+)
+
+
 def normal_reference(
     seed: torch.Tensor | int,  # int64 (1,)
     step: torch.Tensor | int,  # int64 (1,); the low 32 bits count
@@ -91,9 +113,6 @@ def normal_reference(
     """Normals number offset … offset + n - 1 of (seed, step, stream)."""
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
     step = torch.as_tensor(step, dtype=torch.int64, device=device).reshape(())
-    first = offset // 4
-    quad = torch.arange(first, (offset + n + 3) // 4, dtype=torch.int64, device=device)
-    counter = (quad & MASK, (quad >> 32) & MASK, step & MASK, stream & MASK)
-    w0, w1, w2, w3 = philox4x32(counter, (seed & MASK, (seed >> 32) & MASK))
-    normals = torch.stack((*box_muller(w0, w1), *box_muller(w2, w3)), dim=1).view(-1)
-    return normals[offset - 4 * first :][:n]
+    if torch.compiler.is_compiling():
+        return torch.ops.engine_eager.normals(seed, step, stream, n, offset)
+    return _normals(seed, step, stream, n, offset)

@@ -8,8 +8,9 @@ refused   dtypes other than float32, bfloat16, float16; CPU tensors outside the 
 bound by  reads of x and model_out, one write: 6 bytes an element in bf16, 12 in float32
 
 step, seed and the row are read from device memory, so that a captured launch can be replayed with
-other values. A channels_last tensor is addressed element by element: the number of its noise is
-that of the contiguous order whatever the layout. Launched with enable_fp_fusion=False (noise.py).
+other values. A noise that is given has x's dtype (ops rounds it). A channels_last tensor is
+addressed element by element: the number of its noise is that of the contiguous order whatever the
+layout. Launched with enable_fp_fusion=False (noise.py).
 """
 
 import torch
@@ -18,8 +19,8 @@ import triton.language as tl
 
 from . import boundary
 from .noise import normals
+from .triton_base import programs, rounded
 from .triton_base import refusals as base_refusals
-from .triton_base import rounded
 
 BLOCK = 256  # quads a program
 STEP_NOISE = tl.constexpr(0)  # the stream
@@ -107,7 +108,7 @@ def reverse_step_fwd(
     if noise is not None and all(last):
         last = [False] * 3  # no numbering to keep: any common order will do
     with torch.cuda.device_of(x):
-        _reverse_step_fwd_kernel[(triton.cdiv(quads, BLOCK),)](
+        _reverse_step_fwd_kernel[programs(triton.cdiv(quads, BLOCK))](
             x,
             model_out,
             noise,

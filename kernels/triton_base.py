@@ -46,9 +46,22 @@ def loop_count(n: int):
     return tl.constexpr(n) if INTERPRETED.value else n
 
 
+def programs(count: int) -> tuple[int]:
+    """A grid. One dimension has 2³¹ - 1 programs, the other two only 65535."""
+    if count >= 2**31:
+        raise RuntimeError("the tensor needs more programs than one launch has (2^31 - 1)")
+    return (count,)
+
+
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def _cached_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Apart from its cache: Dynamo traces into cached functions, and this one asks the driver."""
+    return _cached_capability(device)
 
 
 def refusals(*tensors: torch.Tensor | None) -> list[str]:

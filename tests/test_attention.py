@@ -7,6 +7,7 @@ import torch
 from budget import FORWARD, GRADIENT, assert_within_budget
 from conftest import DEVICE
 from engine.kernels import reference
+from test_group_norm_silu import directional
 
 from engine import ops
 
@@ -92,7 +93,7 @@ def test_any_strides(impl, view, dtype):
     check(impl, make_qkv((2, 2, 20, 20, 16), dtype), view=view)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.01])
+@pytest.mark.parametrize("scale", [1.0, 0.01, 0.0, -0.5])
 def test_scale(impl, scale):
     check(impl, make_qkv((1, 2, 20, 24, 16), torch.float32), softmax_scale=scale)
 
@@ -118,9 +119,49 @@ def test_gradcheck_float64():
     assert torch.autograd.gradcheck(lambda *t: ops.attention(*t, impl="eager"), qkv)
 
 
-def test_default_scale():
-    q, k, v = make_qkv((1, 1, 4, 4, 25), torch.float32)
-    assert torch.allclose(ops.attention(q, k, v), ops.attention(q, k, v, scale=1 / math.sqrt(25)))
+def test_gradients_are_those_of_the_forward(impl):
+    """A finite difference of the kernel's own forward, in float32."""
+    leaves = [t.requires_grad_() for t in make_qkv((1, 2, 20, 24, 16), torch.float32)]
+    dout = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+
+    def f(*qkv):
+        return ops.attention(*qkv, impl=impl)
+
+    grads = torch.autograd.grad(f(*leaves), leaves, dout)
+    slope, ways = directional(f, leaves, dout)
+    along = sum((g * w).double().sum() for g, w in zip(grads, ways, strict=True))
+    assert abs(along - slope) < 2e-3 * sum(g.double().norm() for g in grads)
+
+
+def test_default_scale(impl):
+    """One query, two keys, by hand: the logits are 1 and 0 after a division by √D."""
+    q, k = torch.full((1, 1, 1, 25), 0.2), torch.zeros(1, 1, 2, 25)
+    k[0, 0, 0] = 1.0
+    v = torch.tensor([1.0, 0.0]).view(1, 1, 2, 1).expand(1, 1, 2, 25).contiguous()
+    out = ops.attention(*(t.to(DEVICE) for t in (q, k, v)), impl=impl)
+    assert torch.allclose(out.cpu(), torch.full_like(q, 1 / (1 + math.exp(-1))), atol=1e-6)
+
+
+@pytest.mark.parametrize("wanted", range(3))
+def test_only_some_gradients(impl, wanted):
+    qkv = make_qkv((1, 2, 9, 11, 16), torch.float32)
+    qkv[wanted].requires_grad_()
+    dout = torch.randn(qkv[0].shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    ops.attention(*qkv, impl=impl).backward(dout)
+    exact = [t.detach().double().requires_grad_() for t in qkv]
+    reference.attention(*exact).backward(dout.double())
+    for i, (t, truth) in enumerate(zip(qkv, exact, strict=True)):
+        assert (t.grad is None) == (i != wanted)
+        if i == wanted:
+            assert torch.allclose(t.grad.double(), truth.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_a_scale_that_is_not_finite_is_refused(scale):
+    pytest.importorskip("triton")
+    qkv = make_qkv((1, 1, 4, 4, 16), torch.float32)
+    with pytest.raises(RuntimeError, match="is not finite"):
+        ops.attention(*qkv, scale=scale, impl="triton")
 
 
 BAD = {

@@ -73,6 +73,51 @@ def test_fullgraph(op, impl_name, backend):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("op", ["group_norm_silu", "attention", "reverse_step", "noise"])
+def test_inductor(op):
+    """The default backend of torch.compile, which fuses what eager does: forward and backward."""
+    function, leaves = call(op, "eager")
+    torch.compiler.reset()
+    out, expected = torch.compile(function, fullgraph=True)(*leaves), function(*leaves)
+    assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5)
+    if expected.requires_grad:
+        dout = torch.randn_like(expected)
+        grads = torch.autograd.grad(out, leaves, dout)
+        for a, b in zip(grads, torch.autograd.grad(expected, leaves, dout), strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl_name", ["eager", "native", "triton"])
+def test_inductor_keeps_the_bits_of_the_noise(impl_name, backend):
+    """The noise is one opaque node: what Inductor contracted or reordered would change its bits."""
+
+    def function(x):
+        return x * 2, ops.noise(7, 3, 1, (4100,), device=DEVICE, offset=3, impl=impl_name)
+
+    torch.compiler.reset()
+    x = torch.ones(3, device=DEVICE)
+    found = torch.compile(function, fullgraph=True)(x)[1]
+    assert torch.equal(found.view(torch.int32), function(x)[1].view(torch.int32))
+
+
+def test_the_capability_of_a_device_is_a_constant(monkeypatch):
+    pytest.importorskip("triton")
+    from engine.kernels import triton_base
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    triton_base._cached_capability.cache_clear()
+    torch.compiler.reset()
+
+    def function(x):
+        return x * (2 if triton_base._capability(x.device) < (8, 0) else 3)
+
+    x = torch.ones(3, device=DEVICE)
+    try:
+        assert torch.equal(torch.compile(function, fullgraph=True, backend="aot_eager")(x), x * 2)
+    finally:
+        triton_base._cached_capability.cache_clear()
+
+
 @pytest.mark.parametrize("impl_name", ["eager", "native"])
 def test_another_batch_size_compiles_nothing_new(impl_name, backend):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

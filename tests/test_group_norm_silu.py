@@ -6,7 +6,7 @@ from budget import FORWARD, GRADIENT, assert_within_budget
 from conftest import DEVICE
 from engine.kernels import reference
 
-from engine import ops
+from engine import dispatch, ops
 
 OP = "group_norm_silu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -244,10 +244,69 @@ def test_only_some_gradients(impl):
     y = ops.group_norm_silu(inputs["x"], weight, inputs["bias"], 2, add=inputs["add"], impl=impl)
     dy = torch.randn_like(y)
     y.backward(dy)
-    full = inputs["x"].clone().requires_grad_()
-    other = inputs["weight"].detach().clone().requires_grad_()
-    ops.group_norm_silu(full, other, inputs["bias"], 2, add=inputs["add"], impl=impl).backward(dy)
-    assert torch.equal(weight.grad, other.grad)
+    other = inputs["weight"].detach().double().requires_grad_()
+    rest = [inputs[k].detach().double() for k in ("bias", "add")]
+    truth = reference.group_norm_silu(inputs["x"].double(), other, rest[0], 2, add=rest[1])
+    truth.backward(dy.double())
+    assert inputs["x"].grad is None and inputs["add"].grad is None
+    assert torch.allclose(weight.grad.double(), other.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_group_of_one_element_has_no_gradient(impl, dtype):
+    """x̂ = dx = 0 exactly, though rstd is 316 and the mean that was saved is a rounding off."""
+    if impl == "eager":
+        pytest.skip("PyTorch leaves a rounding")
+    inputs = make_inputs((3, 40, 1, 1), dtype, ("add", "scale", "shift"))
+    operands = [inputs[k] for k in ("weight", "bias", "add", "scale", "shift")]
+    fwd, bwd = (dispatch.function("group_norm_silu", stage, impl) for stage in ("fwd", "bwd"))
+    y, mean, rstd = fwd(inputs["x"], *operands, 40, 1e-5, False)
+    h = operands[1].float() * (1 + operands[3].float()) + operands[4].float()
+    assert torch.allclose(y.flatten(1).float(), h, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    off = torch.nextafter(mean, mean + 1)
+    dy = torch.randn(3, 40, 1, 1).to(dtype).to(DEVICE)
+    dx, dweight, _, dadd, *_ = bwd(dy, inputs["x"], *operands, off, rstd, 40, True)
+    # No rounding is left to multiply: even an infinite rstd changes nothing.
+    infinite = torch.full_like(rstd, float("inf"))
+    dx2, dweight2, *_ = bwd(dy, inputs["x"], *operands, mean, infinite, 40, True)
+    zeros = {"x": dx, "weight": dweight, "add": dadd, "x, any rstd": dx2, "weight, too": dweight2}
+    for name, grad in zeros.items():
+        assert grad.eq(0).all(), f"d{name}: {grad.abs().max()}"
+
+
+@pytest.mark.parametrize("groups", [1024, 2048])
+def test_many_small_groups(impl, groups):
+    check(impl, make_inputs((2, 2048, 1, 1), torch.float32, ()), groups)
+
+
+def directional(function, leaves, dy):
+    """Central difference of Σ dy·f along a random direction of all leaves, in float64."""
+    g = torch.Generator().manual_seed(5)
+    ways = [torch.randn(t.shape, generator=g).to(t) for t in leaves]
+    h = 2.0**-8
+    ends = []
+    for sign in (1, -1):
+        moved = [t.detach() + sign * h * w for t, w in zip(leaves, ways, strict=True)]
+        ends.append((function(*moved).double() * dy.double()).sum())
+    return (ends[0] - ends[1]) / (2 * h), ways
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradients_are_those_of_the_forward(impl, layout):
+    """A finite difference of the kernel's own forward, in float32."""
+    inputs = make_inputs((2, 12, 5, 7), torch.float32, ("add", "scale", "shift"))
+    inputs["x"] = as_layout(inputs["x"], layout)
+    leaves = [t.detach().clone().requires_grad_() for t in inputs.values()]
+    dy = torch.randn(2, 12, 5, 7, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+
+    def f(x, weight, bias, *rest):
+        rest = dict(zip(("add", "scale", "shift"), rest, strict=True))
+        return ops.group_norm_silu(x, weight, bias, 4, **rest, impl=impl)
+
+    grads = torch.autograd.grad(f(*leaves), leaves, dy)
+    slope, ways = directional(f, leaves, dy)
+    along = sum((g * w).double().sum() for g, w in zip(grads, ways, strict=True))
+    assert abs(along - slope) < 2e-3 * sum(g.double().norm() for g in grads)
 
 
 def test_a_second_derivative_is_right_or_refused(impl):

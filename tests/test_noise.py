@@ -56,6 +56,69 @@ def test_philox_known_answers(counter, key, answer):
     assert [int(w) for w in found] == words(answer)
 
 
+# Octants' edges (k = 0), both sides of them, and the ends; radii: largest, smallest, middle.
+ANGLES = sorted({(o * 2**29 + d) % 2**32 for o in range(9) for d in (-1, 0, 1)})
+RADII = (0, 0xFFFFFFFF, 0x80000000)
+
+
+def test_hand_made_words():
+    """cos and sin are ±0 at quarter turns (k = 0), with the signs that the contract gives them."""
+    even = torch.tensor([r for r in RADII for _ in ANGLES])
+    odd = torch.tensor(ANGLES * len(RADII))
+    cos, sin = philox.box_muller(even, odd)
+    quarter = (odd + 2**29 >> 30) % 4
+    at_edge = odd % 2**30 == 0
+    assert cos[at_edge & (quarter % 2 == 1)].eq(0).all()
+    assert sin[at_edge & (quarter % 2 == 0)].eq(0).all()
+    # (c, s), (-s, c), (-c, -s), (s, -c) with s = +0
+    assert torch.equal(cos.signbit()[at_edge], ((quarter == 1) | (quarter == 2))[at_edge])
+    assert torch.equal(sin.signbit()[at_edge], (quarter >= 2)[at_edge])
+    r = torch.sqrt(-2 * torch.log((torch.floor(even.double() / 512) * 2 + 1) * 2.0**-24))
+    angle = 2 * math.pi * odd.double() / 2**32
+    assert (cos - r * torch.cos(angle)).abs().max() < 1e-6
+    assert (sin - r * torch.sin(angle)).abs().max() < 1e-6
+    expected = torch.stack((cos, sin))
+    for found in (triton_box_muller(even, odd), cpp_box_muller(even, odd)):
+        if found is not None:
+            same_bits(found, expected)
+
+
+def triton_box_muller(even, odd):
+    """The Triton functions on given words."""
+    pytest.importorskip("triton")
+    import word_kernels
+
+    return word_kernels.box_muller(even.to(DEVICE), odd.to(DEVICE)).cpu()
+
+
+WORDS = """
+#include "philox.h"
+extern "C" void from_words(const uint32_t* even, const uint32_t* odd, int n, float* out) {
+  for (int i = 0; i < n; ++i) {
+    const uint32_t words[4] = {even[i], odd[i], even[i], odd[i]};
+    float z[4];
+    engine::philox::normals(words, z);
+    out[i] = z[0], out[n + i] = z[1];
+  }
+}
+"""
+
+
+def cpp_box_muller(even, odd):
+    """csrc/philox.h, which the CPU kernels' scalar path and the CUDA kernels share."""
+    import ctypes
+
+    import emulation
+    from test_cuda_emulated import compile_library
+
+    library = compile_library(WORDS, f"-I{emulation.ROOT / 'csrc'}")
+    w = [t.to(torch.int64).numpy().astype("uint32") for t in (even, odd)]
+    out = torch.empty(2, len(even))
+    pointers = [ctypes.c_void_p(a.ctypes.data) for a in w]
+    library.from_words(*pointers, len(even), ctypes.c_void_p(out.data_ptr()))
+    return out
+
+
 def box_muller_float64(seed, step, stream, n):
     """The contract in float64 from the same words."""
     quad = torch.arange((n + 3) // 4)

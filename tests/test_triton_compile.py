@@ -67,10 +67,7 @@ def test_registers_spills_and_shared_memory(arch, reports):
         )
     assert {r["kernel"] for r in reports[arch]} == KERNELS
     for r in reports[arch]:
-        # In the float32 products ptxas gives up two registers for one more block in flight; on
-        # which chip, and in which kernel, changes with Triton's version.
-        allowed = 16 if "_attention" in r["kernel"] and "float32" in r["label"] else 0
-        assert r["stack"] <= allowed, f"spills: {r}"
+        assert r["stack"] == 0, f"spills: {r}"
         assert r["shared"] <= min(SHARED_LIMIT[arch], SHARED_BUDGET), f"shared memory: {r}"
         assert r["registers"] * 32 * r["warps"] <= 65536, f"registers: {r}"
 
@@ -98,6 +95,7 @@ def test_noise_is_not_contracted(arch, reports):
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 def test_memory_is_read_16_bytes_at_a_time(arch, reports):
     for r in reports[arch]:
-        aligned = "2,96,7,7" not in r["label"] and "offset" not in r["label"]
+        odd = ("2,96,7,7", "8,64,1,1", "1023,1000", "offset")
+        aligned = not any(text in r["label"] for text in odd)
         if aligned and "merge" not in r["kernel"]:
             assert r["wide_access"] > 0, f"narrow loads: {r}"

@@ -97,6 +97,7 @@ def launches():
     yield from group_norm(64, 384, 32, 32, bf16, True)  # large, C/G = 12
     yield from group_norm(32, 512, 4, 32, f16, True, dy_last=False)
     yield from group_norm(2, 96, 7, 1, f32, False)  # nothing is aligned
+    yield from group_norm(8, 64, 1, 64, f32, False)  # groups of one element
 
     def attend(n, heads, s, sk, d, dtype):
         q = meta(n, s, 3, heads, d, dtype=dtype)[:, :, 0].transpose(1, 2)
@@ -108,8 +109,11 @@ def launches():
 
     yield from attend(2, 8, 4096, 77, 40, f16)  # padded to 64, with the tiles of 64
     yield from attend(2, 8, 1024, 1024, 128, bf16)
+    yield from attend(2, 8, 1023, 1000, 128, bf16)  # ends of blocks are masked
     yield from attend(128, 1, 256, 256, 256, bf16)
     yield from attend(64, 4, 64, 64, 64, f32)
+    yield from attend(8, 2, 1023, 1000, 128, f32)
+    yield from attend(8, 2, 1024, 1024, 256, f32)
 
     key, step = meta(1, dtype=torch.int64), meta(1, dtype=torch.int64)
     yield "f32", noise.noise_fwd, (meta(1 << 20), key, step, 0, 0)

@@ -14,7 +14,7 @@
 // same bits on every run.
 // Bytes per element: x, dy read, dx written: 6 in bf16, 12 in float32; large groups read x and dy
 // twice (10, 20); dy in the other layout adds a read and a write (4, 8). Refuses nothing.
-#include "group_norm_silu.h"
+#include "group_norm_silu_bwd.h"
 
 namespace engine {
 namespace {
@@ -32,19 +32,6 @@ __device__ __forceinline__ Element element(float x, float dy, const Channel& cha
                                            float rstd, bool silu) {
   const float xhat = (x + channel.add - mean) * rstd;
   return {xhat, act_bwd<T>(dy, xhat * channel.gamma + channel.beta, silu)};
-}
-
-// S1 and S2 of a group from the workspace, by one warp, in all of its lanes.
-__device__ __forceinline__ float2 group_sums(const GroupNormSilu& p, const float* workspace,
-                                             int64_t n, int64_t g) {
-  const int64_t group = p.C / p.G, plane = p.N * p.C;
-  float2 sums = make_float2(0.0f, 0.0f);
-  for (int64_t c = g * group + threadIdx.x % 32; c < (g + 1) * group; c += 32) {
-    const float gamma = load_channel(p, n, c).gamma;
-    sums.x += gamma * workspace[n * p.C + c];
-    sums.y += gamma * workspace[plane + n * p.C + c];
-  }
-  return make_float2(warp_sum(sums.x), warp_sum(sums.y));
 }
 
 // dy may be dx: an element is read before the same thread writes it.
@@ -66,7 +53,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   float mean = 0.0f, rstd = 0.0f;
   if (at.active) {
     channel = load_channel(p, at.n, at.c);
-    mean = mean_of_group[at.row], rstd = rstd_of_group[at.row];
+    mean = mean_of_group[at.row], rstd = unless_alone(p, rstd_of_group[at.row]);
   }
   Slot<T, VEC> xs[K], dys[K];
   PlaneVectors<T, WHOLE> vectors;
@@ -162,8 +149,8 @@ __global__ void __launch_bounds__(kSlabThreads)
   for (int c = threadIdx.x; c < at.width; c += blockDim.x) {
     const Channel channel = load_channel(p, at.n, at.c_first + c);
     const int64_t row = at.n * p.G + at.g_first + c / at.group;
-    params[index(c)] =
-        make_float4(channel.add, mean_of_group[row], rstd_of_group[row], channel.gamma);
+    params[index(c)] = make_float4(channel.add, mean_of_group[row],
+                                   unless_alone(p, rstd_of_group[row]), channel.gamma);
     beta[index(c)] = channel.beta;
   }
   __syncthreads();
@@ -267,80 +254,6 @@ __global__ void __launch_bounds__(kSlabThreads)
 #pragma unroll
   for (int k = 0; k < K; ++k)
     if (inside(k)) dys[k].store(dx + k * rows * p.C);
-}
-
-// workspace[i] = sum over pieces, in order.
-__global__ void __launch_bounds__(256)
-    group_norm_silu_bwd_merge_kernel(const float* pieces,  // (parts, count)
-                                     float* workspace, int64_t count, int64_t parts) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-  if (i >= count) return;
-  float sum = 0.0f;
-  for (int64_t part = 0; part < parts; ++part) sum += pieces[part * count + i];
-  workspace[i] = sum;
-}
-
-// The first blocks: a warp per group for dadd, dscale, dshift; the rest: 32 channels each for
-// dweight, dbias, 8 threads to a channel.
-__global__ void __launch_bounds__(256)
-    group_norm_silu_bwd_operands_kernel(GroupNormSilu p, const float* rstd,  // (N, G)
-                                        const float* workspace,              // (3, N, C)
-                                        GroupNormSiluGrads grads, int64_t group_blocks) {
-  ENGINE_SHARED(float2, partial, [8][32]);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t plane = p.N * p.C, group = p.C / p.G;
-  if (blockIdx.x < group_blocks) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + warp;
-    if (row >= p.N * p.G) return;
-    const int64_t n = row / p.G, g = row % p.G;
-    const float2 s = grads.dadd ? group_sums(p, workspace, n, g) : make_float2(0.0f, 0.0f);
-    for (int64_t c = g * group + lane; c < (g + 1) * group; c += 32) {
-      const int64_t i = n * p.C + c;
-      const float a = workspace[i], b = workspace[plane + i], x = workspace[2 * plane + i];
-      if (grads.dadd) {
-        const float share = (s.x + x / static_cast<float>(p.S) * s.y) / static_cast<float>(group);
-        grads.dadd[i] = rstd[row] * (load_channel(p, n, c).gamma * a - share);
-      }
-      if (grads.dscale)
-        grads.dscale[i] =
-            load_operand(p.weight, n, c, 1.0f) * b + load_operand(p.bias, n, c, 0.0f) * a;
-      if (grads.dshift) grads.dshift[i] = a;
-    }
-    return;
-  }
-  const int64_t c = (blockIdx.x - group_blocks) * 32 + lane;
-  float2 sum = make_float2(0.0f, 0.0f);
-  if (c < p.C)
-    for (int64_t n = warp; n < p.N; n += 8) {
-      const float scale = 1.0f + load_operand(p.scale, n, c, 0.0f);
-      sum.x += scale * workspace[plane + n * p.C + c];
-      sum.y += scale * workspace[n * p.C + c];
-    }
-  partial[warp][lane] = sum;
-  __syncthreads();
-  if (warp != 0 || c >= p.C) return;
-  for (int w = 1; w < 8; ++w) sum.x += partial[w][lane].x, sum.y += partial[w][lane].y;
-  if (grads.dweight) grads.dweight[c] = sum.x;
-  if (grads.dbias) grads.dbias[c] = sum.y;
-}
-
-// out[n][b][a] = in[n][a][b], in tiles of 32 x 32.
-template <typename Bits>
-__global__ void __launch_bounds__(256)
-    transpose_kernel(const Bits* in, Bits* out, int64_t a_count, int64_t b_count, int64_t a_tiles,
-                     int64_t b_tiles) {
-  ENGINE_SHARED(Bits, tile, [32][33]);
-  const int64_t block = blockIdx.x, n = block / (a_tiles * b_tiles);
-  const int64_t a_first = block / b_tiles % a_tiles * 32, b_first = block % b_tiles * 32;
-  const int lane = threadIdx.x % 32;
-  in += n * a_count * b_count, out += n * a_count * b_count;
-  for (int i = threadIdx.x / 32; i < 32; i += 8)
-    if (a_first + i < a_count && b_first + lane < b_count)
-      tile[i][lane] = in[(a_first + i) * b_count + b_first + lane];
-  __syncthreads();
-  for (int i = threadIdx.x / 32; i < 32; i += 8)
-    if (b_first + i < b_count && a_first + lane < a_count)
-      out[(b_first + i) * a_count + a_first + lane] = tile[lane][i];
 }
 
 // dx <- dy in the layout of x.

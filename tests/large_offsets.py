@@ -1,0 +1,357 @@
+"""Calls on more than 2³¹ elements, of which only the ends run: python large_offsets.py triton
+
+Memory that is not touched costs nothing: tensors of 4 GB and more are reserved, their last elements
+filled, and of every launch only the first and the last programs (interpreted Triton), blocks
+(emulated CUDA) or the last item (CPU) run. An offset that was computed in 32 bits then ends the
+process or leaves the last elements wrong. So this runs in a process of its own, and prints a JSON
+line per case. What was not run left zeros, which is what it would make of an input of zeros.
+"""
+
+import ctypes
+import importlib.util
+import json
+import math
+import mmap
+import os
+import resource
+import sys
+import time
+from functools import partial
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from engine.kernels import philox, reference
+
+NORESERVE = 0x4000  # MAP_NORESERVE, which the module names from Python 3.13 on
+LARGE = 1 << 20  # bytes; smaller memory is cleared by hand
+TAIL = 32  # positions of the last sample that are compared
+F16, F32 = torch.float16, torch.float32
+
+
+def reserve(*shape: int, dtype=F16) -> torch.Tensor:
+    """Zeros that take no memory until they are touched."""
+    size = max(1, math.prod(shape)) * dtype.itemsize
+    if size < LARGE:
+        return torch.zeros(shape, dtype=dtype)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
+    memory = mmap.mmap(-1, size, flags=flags)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+def image(n: int, c: int, s: int, last: bool) -> torch.Tensor:
+    """(N, C, S, 1) in either layout."""
+    return reserve(n, s, 1, c).permute(0, 3, 1, 2) if last else reserve(n, c, s, 1)
+
+
+class Reserved(torch.overrides.TorchFunctionMode):
+    """torch.empty and its kin by `reserve`."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.empty_like:
+            order = sorted(range(args[0].dim()), key=lambda d: (-args[0].stride(d), d))
+            made = reserve(*(args[0].shape[d] for d in order), dtype=args[0].dtype)
+            return made.permute([order.index(d) for d in range(args[0].dim())])
+        if function is torch.Tensor.new_empty:
+            shape = args[1] if isinstance(args[1], (tuple, list, torch.Size)) else args[1:]
+            return reserve(*shape, dtype=kwargs.get("dtype", args[0].dtype))
+        return function(*args, **kwargs)
+
+
+def tail(t: torch.Tensor) -> torch.Tensor:
+    """The last positions of all channels of the last sample, (1, C, TAIL, 1)."""
+    return t[-1:, :, -TAIL:]
+
+
+def fill(t: torch.Tensor, seed: int) -> torch.Tensor:
+    t.copy_(torch.randn(t.shape, generator=torch.Generator().manual_seed(seed)))
+    return t
+
+
+def close(what: str, got, truth, eps: float) -> None:
+    got, truth = got.double(), truth.double()
+    worst = (got - truth).abs().max().item()
+    assert truth.abs().max() > 0, f"{what}: nothing to compare"
+    assert worst <= eps * max(1.0, truth.abs().max().item()), f"{what}: off by {worst:.3g}"
+
+
+# ---- The back ends, on torch tensors ------------------------------------------------------------
+
+
+def triton_ends():
+    """The Triton launchers, of whose grids the interpreter runs the ends."""
+    import triton.language as tl
+    from engine.kernels import (
+        attention,
+        group_norm_silu,
+        group_norm_silu_bwd,
+        group_norm_silu_bwd_large,
+        group_norm_silu_tiles,
+        noise,
+    )
+    from engine.kernels import reverse_step as step
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    executor, set_dim, set_idx = (
+        interpreter.GridExecutor,
+        builder.set_grid_dim,
+        builder.set_grid_idx,
+    )
+    run_all = executor.__call__
+
+    def run_ends(self, *args, **kwargs):
+        ends = run_ends.count
+        (count,) = self.grid
+        assert count < 2**31, f"{count} programs: more than one launch has"
+        cut = max(0, count - 2 * ends)
+        self.grid = (count - cut,)
+        builder.set_grid_dim = lambda *_: set_dim(count, 1, 1)
+        builder.set_grid_idx = lambda x, y, z: set_idx(x if x < ends else x + cut, y, z)
+        run_all(self, *args, **kwargs)
+
+    executor.__call__ = run_ends
+    executor._restore_args_dev = lambda *_: None  # would copy all of each tensor onto itself
+    # Shorter loops: more chunks, more of them merged at a time.
+    group_norm_silu_tiles.MAX_CHUNKS = 1 << 16
+    group_norm_silu_bwd.MERGE = group_norm_silu_bwd_large.MERGE = tl.constexpr(4096)
+    return {
+        "ends": partial(setattr, run_ends, "count"),
+        "fwd": group_norm_silu.group_norm_silu_fwd,
+        "bwd": group_norm_silu.group_norm_silu_bwd,
+        "noise": noise.noise_fwd,
+        "step": step.reverse_step_fwd,
+        "attention": attention.attention_fwd,
+        "attention_bwd": attention.attention_bwd,
+    }
+
+
+def cuda_ends(library: str):
+    """The emulated CUDA launchers, of whose grids the ends run."""
+    import emulation
+
+    ops = emulation.load(library, "engine_emu")
+    return {
+        "ends": ctypes.CDLL(library).cuda_on_cpu_run_ends,
+        "fwd": ops.group_norm_silu_fwd,
+        "bwd": ops.group_norm_silu_bwd,
+        "noise": ops.noise_fwd,
+        "step": ops.reverse_step_fwd,
+    }
+
+
+def native_ends(library: str):
+    """The CPU kernels through NumPy, of whose loops the last items run."""
+    spec = importlib.util.spec_from_file_location("native_module", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def array(t):  # (N, C, S) or (N, S, C)
+        last = not t.is_contiguous()
+        return (t.squeeze(-1).transpose(1, 2) if last else t.squeeze(-1)).numpy(), last
+
+    def tensor(a, last):
+        t = torch.from_numpy(a)
+        return (t.transpose(1, 2) if last else t).unsqueeze(-1)
+
+    units, elements = -2, -64  # of loops over groups or samples, over elements
+    names = ("weight", "bias", "add", "scale", "shift")
+
+    def present(operands):
+        return {k: t.numpy() for k, t in zip(names, operands, strict=True) if t is not None}
+
+    def fwd(x, *rest):
+        *operands, groups, eps, silu = rest
+        a, last = array(x)
+        y, *stats = module.group_norm_silu_fwd(a, last, present(operands), groups, eps, silu, units)
+        return tensor(y, last), *(torch.from_numpy(t) for t in stats)
+
+    def bwd(dy, x, *rest):
+        *operands, mean, rstd, groups, silu = rest
+        (d, d_last), (a, last) = array(dy), array(x)
+        stats = mean.numpy(), rstd.numpy()
+        g = module.group_norm_silu_bwd(d, d_last, a, last, present(operands), *stats, silu, units)
+        return tensor(g["x"], last), *(torch.from_numpy(g[k]) for k in names)
+
+    def noise(out, seed, step, stream, offset):
+        module.noise(out.numpy(), seed.item(), step.item(), stream, offset, elements)
+
+    def step(x, out, coeffs, step, seed, noise, clip, offset):
+        (a, last), (b, b_last) = array(x), array(out)
+        key = (step.item(), 0 if seed is None else seed.item())
+        z, z_last = (None, False) if noise is None else array(noise)
+        rest = (coeffs.numpy(), *key, z, z_last, clip, offset, elements)
+        return tensor(module.reverse_step_fwd(a, last, b, b_last, *rest), last)
+
+    return {"ends": int, "fwd": fwd, "bwd": bwd, "noise": noise, "step": step}
+
+
+# ---- The cases ----------------------------------------------------------------------------------
+
+
+def norm(ops, n, c, s, groups, last=False, dy_last=None, whole=True) -> None:
+    """whole: what runs holds the last group whole; else the group is longer than that, and zero but
+    for the end of its last channel."""
+    group, dy_last = c // groups, last if dy_last is None else dy_last
+    x, dy = image(n, c, s, last), image(n, c, s, dy_last)
+    operands = [None, None, *(reserve(n, c) for _ in range(3))]  # add, scale, shift alone
+    channels, positions = (group, s) if whole else (1, TAIL)
+    ends = [t[-1:, -channels:, -positions:] for t in (x, dy)]
+    ends += [t[-1, -channels:] for t in operands[2:]]
+    for i, t in enumerate(ends):
+        # Of dy the very end: a transposition of it that runs only there is a whole one.
+        fill(t if i != 1 else t[:, :, -TAIL:], i)
+    if not whole:
+        operands[2].zero_()  # add: zeros stay zeros
+    u, dv, add, scale, shift = (
+        t.double() if t.dim() == 4 else t.double().view(1, -1, 1, 1) for t in ends
+    )
+    u = u + add
+
+    def end(t: torch.Tensor) -> torch.Tensor:
+        return t[-1:, -channels:, -TAIL:]
+
+    y, mean, rstd = ops["fwd"](x, *operands, groups, 1e-5, True)
+    if whole:
+        close("mean", mean[-1, -1], u.mean(), 1e-4)
+        close("rstd", rstd[-1, -1], (u.var(correction=0) + 1e-5).rsqrt(), 1e-4)
+    v = (u - mean[-1, -1].double()) * rstd[-1, -1].double() * (1 + scale) + shift
+    close("y", end(y), end(v * torch.sigmoid(v)), 4e-3)
+
+    # The gradients of the last group, from statistics that are given.
+    mean, rstd = reserve(n, groups, dtype=F32), reserve(n, groups, dtype=F32)
+    mean[-1, -1] = u.mean() if whole else 0
+    rstd[-1, -1] = r = (u.var(correction=0) + 1e-5).rsqrt() if whole else torch.tensor(1.0)
+    x_hat = (u - mean[-1, -1].double()) * r
+    gain, count = 1 + scale, group * s
+    v = x_hat * gain + shift
+    sigmoid = torch.sigmoid(v)
+    dv = dv * sigmoid * (1 + v * (1 - sigmoid))
+    A, B, X = (t.sum(2, keepdim=True) for t in (dv, dv * x_hat, x_hat))
+    S1, S2 = (gain * A).sum(), (gain * B).sum()
+    dx, *grads = ops["bwd"](dy, x, *operands, mean, rstd, groups, True)
+    close("dx", end(dx), end(r * (gain * dv - (S1 + x_hat * S2) / count)), 4e-3)
+    truths = (r * (gain * A - (s * S1 + X * S2) / count), B, A)
+    for name, got, truth in zip(("dadd", "dscale", "dshift"), grads[2:], truths, strict=True):
+        close(name, got[-1, -channels:], truth.view(-1), 1e-3)
+
+
+def noise(ops) -> None:
+    n, offset = 2**31 + 5, 2**34 + 3
+    out = reserve(n)
+    ops["noise"](out, torch.tensor([7]), torch.tensor([3]), 1, offset)
+    truth = philox.normal_reference(7, 3, 1, TAIL, offset + n - TAIL)
+    assert torch.equal(out[-TAIL:], truth.half())
+
+
+def step(ops, n, c, s, last=False, drawn=True) -> None:
+    x, out = image(n, c, s, last), image(n, c, s, False)
+    z = None if drawn else image(n, c, s, False)
+    for i, t in enumerate((x, out, z)):
+        if t is not None:
+            fill(tail(t), i)
+    coeffs = torch.tensor([[0.0] * 5, [1.5, -0.7, 0.4, 0.6, 0.3]])
+    at, seed = torch.tensor([1]), torch.tensor([9]) if drawn else None
+    got = ops["step"](x, out, coeffs, at, seed, z, 1.0, 5)
+    # Of the last plane: only it is sure to have run.
+    first = n * c * s - TAIL
+    used = (
+        philox.normal_reference(9, 1, 0, TAIL, first + 5).view(1, 1, TAIL, 1)
+        if drawn
+        else tail(z)[:, -1:]
+    )
+    truth = reference.reverse_step(
+        tail(x)[:, -1:].double(), tail(out)[:, -1:].double(), coeffs.double(), 1, used.double()
+    )
+    close("x_next", tail(got)[:, -1:], truth, 2e-3)
+
+
+def attend(ops, n, heads, s, d, tokens: bool) -> None:
+    """tokens: memory (S, N, heads, D), whose rows lie far apart."""
+
+    def make(seed):
+        t = reserve(s, n, heads, d).permute(1, 2, 0, 3) if tokens else reserve(n, heads, s, d)
+        fill(t[-1, -1], seed)
+        return t
+
+    q, k, v, dout = (make(i) for i in range(4))
+    out, lse = ops["attention"](q, k, v, d**-0.5)
+    leaves = [t[-1, -1].double().requires_grad_() for t in (q, k, v)]
+    truth = reference.attention(*(t[None, None] for t in leaves))
+    grads = torch.autograd.grad(truth, leaves, dout[-1, -1].double()[None, None])
+    close("out", out[-1, -1, -16:], truth[0, 0, -16:].detach(), 4e-3)
+    lse[-1, -1] = torch.logsumexp(leaves[0] @ leaves[1].T * d**-0.5, -1)  # all rows, not the last
+    out[-1, -1] = truth[0, 0].detach()
+    got = ops["attention_bwd"](dout, q, k, v, out, lse, d**-0.5)
+    for name, a, b in zip(("dq", "dk", "dv"), got, grads, strict=True):
+        close(name, a[-1, -1, -16:], b[-16:], 8e-3)
+
+
+# name: blocks or programs that run at each end of a grid, the call. N·C·S passes 2³¹: many
+# samples, or one that passes it alone.
+BATCH = {"n": 1025, "c": 4096, "s": 512, "groups": 2048}
+LONG = {"n": 1, "c": 8, "s": 2**28 + 8}
+WIDE = {"n": 1, "c": 2**22 + 2**14, "s": 512, "groups": 2**21 + 2**13}
+CASES = {
+    "batch": (2, partial(norm, **BATCH)),
+    "batch, channels_last": (2, partial(norm, **BATCH, last=True)),
+    "batch, channels_last dy": (2, partial(norm, **BATCH, dy_last=True)),
+    "batch, contiguous dy": (2, partial(norm, **BATCH, last=True, dy_last=False)),
+    "batch of large groups": (8, partial(norm, n=257, c=2**14, s=512, groups=256)),
+    "one sample": (2, partial(norm, n=1, c=2048, s=2**20 + 8, groups=2048, whole=False)),
+    "long sample": (2, partial(norm, **LONG, groups=4, last=True, whole=False)),
+    # The channels of one tile lie more than 2³¹ apart.
+    "long rows": (2, partial(norm, n=1, c=4, s=2**29 + 2**28, groups=1, whole=False)),
+    # The positions of one tile do.
+    "wide sample": (2, partial(norm, **WIDE, last=True)),
+    "wide sample, channels_last dy": (2, partial(norm, **WIDE, dy_last=True)),
+    # N·C > 2³⁰ sums: the third plane of them begins past 2³¹.
+    "planes of sums": (2, partial(norm, n=32, c=2**25 + 64, s=1, groups=2**24 + 32)),
+    "noise": (2, partial(noise)),
+    "step": (2, partial(step, n=65537, c=8, s=4096)),
+    "step, mixed layouts": (2, partial(step, n=65537, c=8, s=4096, last=True, drawn=False)),
+    "step, long sample": (2, partial(step, **LONG, last=True)),
+    "attention": (2, partial(attend, n=32769, heads=8, s=128, d=64, tokens=False)),
+    "attention, far rows": (2, partial(attend, n=2**20 + 1, heads=8, s=2, d=256, tokens=True)),
+}
+# Left out: a block or an item that goes through a whole plane of 2²⁹ positions, workspaces that the
+# CPU clears, and statistics that a program in the middle of Triton's grid saves.
+LEFT_OUT = {
+    "native": (
+        "long rows",
+        "long sample",
+        "wide sample",
+        "wide sample, channels_last dy",
+        "planes of sums",
+    ),
+    "triton": ("one sample",),
+    "cuda-emulated": ("long rows",),
+}
+
+
+def run(backend: str, library: str | None, names: list[str]) -> None:
+    made = {"triton": triton_ends, "cuda-emulated": cuda_ends, "native": native_ends}[backend]
+    ops = made(*([library] if library else []))
+    torch.set_num_threads(1)
+    for name in names:
+        (ends, case), report, start = CASES[name], {"case": name}, time.perf_counter()
+        if name in LEFT_OUT[backend] or (case.func is attend and "attention" not in ops):
+            continue
+        ops["ends"](ends)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            with Reserved():
+                case(ops)
+        except (MemoryError, OSError) as error:
+            report["skip"] = f"no address space for it: {error}"
+        except Exception as error:
+            report["wrong"] = f"{type(error).__name__}: {error}"
+        report["seconds"] = round(time.perf_counter() - start, 2)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        report["megabytes"] = grown // 1024
+        print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], sys.argv[2] or None, sys.argv[3:] or list(CASES))
