@@ -8,7 +8,7 @@
 
 namespace engine {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, u8 = 3 };  // u8: pictures only
 
 // Runs body(begin, end) over disjoint ranges that cover [0, n), at least `grain` items in each.
 // The caller brings the thread pool (torch's own, or none), so that no second one is started.
@@ -91,5 +91,56 @@ struct ReverseStep {
 };
 void reverse_step_fwd_cpu(const ReverseStep& p, void* x_next, const ParallelFor& parallel_for);
 void reverse_step_fwd_cuda(const ReverseStep& p, void* x_next, void* stream);
+
+// The forward process, its noise drawn in place. With (a, b, p, q) = coeffs[t[n]] and eps normal
+// number offset + i of (seed, step, stream 2), i the element's index in the contiguous (N, C, S)
+// order whatever the layouts:
+//   x_t = a * x0 + b * eps,  target = p * x0 + q * eps
+// x0: u8 means x0 / 127.5 - 1. A t outside [0, T) gives NaN.
+struct ForwardNoise {
+  int64_t N, C, S;
+  DType x0_dtype;
+  bool x0_channels_last;
+  bool noise_channels_last;
+  const void* x0;
+  const float* noise;   // null: drawn from the key
+  const float* coeffs;  // (T, 4) contiguous
+  int64_t T;
+  const int64_t* t;     // (N,)
+  const int64_t* seed;  // read, like step, only when noise is null
+  const int64_t* step;
+  int64_t offset;
+};
+void forward_noise_fwd_cpu(const ForwardNoise& p, void* x_t, DType dtype, bool channels_last,
+                           const ParallelFor& parallel_for);
+void forward_noise_fwd_cuda(const ForwardNoise& p, void* x_t, DType dtype, bool channels_last,
+                            void* stream);
+
+// loss[n] = weights[n] / M * sum of l(model_out - target), M = C * S, with the target made again
+// from x0 and the noise's key; l(r) is |r|, r^2, or r^2 / 2 where |r| < 1 and |r| - 1/2 beyond.
+enum class Loss : int32_t { l1 = 0, l2 = 1, huber = 2 };
+struct ForwardNoiseLoss {
+  const void* model_out;
+  DType dtype;  // of model_out and its gradient
+  bool channels_last;
+  const float* weights;  // (N,); null: 1
+  Loss loss;
+};
+// A sample's sum is taken in chunks, each by one writer, and these are added in order.
+constexpr int64_t kForwardNoiseChunk = 2048;
+inline int64_t forward_noise_chunks(const ForwardNoise& p) {
+  return (p.C * p.S + kForwardNoiseChunk - 1) / kForwardNoiseChunk;
+}
+// workspace: (N, chunks) double.
+void forward_noise_loss_fwd_cpu(const ForwardNoise& p, const ForwardNoiseLoss& l, double* workspace,
+                                float* loss, const ParallelFor& parallel_for);
+void forward_noise_loss_fwd_cuda(const ForwardNoise& p, const ForwardNoiseLoss& l,
+                                 double* workspace, float* loss, void* stream);
+// dmodel_out = dloss[n] * weights[n] / M * l'(model_out - target), layout of model_out.
+void forward_noise_loss_bwd_cpu(const ForwardNoise& p, const ForwardNoiseLoss& l,
+                                const float* dloss, void* dmodel_out,
+                                const ParallelFor& parallel_for);
+void forward_noise_loss_bwd_cuda(const ForwardNoise& p, const ForwardNoiseLoss& l,
+                                 const float* dloss, void* dmodel_out, void* stream);
 
 }  // namespace engine

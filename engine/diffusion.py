@@ -120,6 +120,13 @@ class Diffusion:
         distance = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}[self.loss_type]
         return distance(out, target)
 
+    def forward_rows(self) -> Tensor:
+        """(T, 4) float64 rows (a, b, p, q): x_t = a·x_0 + b·ε, target = p·x_0 + q·ε."""
+        root, rest = self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()
+        zero, one = torch.zeros_like(root), torch.ones_like(root)
+        p, q = {"eps": (zero, one), "x0": (one, zero), "v": (-rest, root)}[self.prediction]
+        return torch.stack([root, rest, p, q], 1)
+
     def x0_rows(self) -> tuple[Tensor, Tensor]:
         """(T,) each: x̂_0 = row_x · x_t + row_out · model_out."""
         root, rest = self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()

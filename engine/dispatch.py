@@ -16,8 +16,10 @@ ORDER = {
     "group_norm_silu": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
     "attention": {"cpu": ("eager",), "cuda": ("triton", "eager")},
     "reverse_step": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
+    "forward_noise": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
     "noise": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
 }
+SAMPLING = ("reverse_step", "forward_noise")  # their kernels have no gradient to the images
 
 # GPU name → op → back end → how many cases of the op's tests passed there, and the sources' digest.
 # Written by the tests on a machine with a GPU (tests/proof.py), then committed.
@@ -75,6 +77,8 @@ def _import(op: str, backend: str):
         from .kernels import attention as found
     elif op == "reverse_step":
         from .kernels import reverse_step as found
+    elif op == "forward_noise":
+        from .kernels import forward_noise as found
     else:
         from .kernels import noise as found
     return found
@@ -85,7 +89,7 @@ def refusals(op: str, backend: str, args: tuple) -> list[str]:
     missing = absence(op, backend)
     if missing:
         return [missing]
-    if backend != "eager" and op == "reverse_step" and _wants_gradient(args):
+    if backend != "eager" and op in SAMPLING and _wants_gradient(args):
         return ["has no gradient: call it under torch.no_grad(), or use eager"]
     return module(op, backend).refusals(op, *args)
 

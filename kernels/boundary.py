@@ -27,6 +27,18 @@ SCHEMAS = {
         "(Tensor x, Tensor model_out, Tensor coeffs, Tensor step, Tensor? seed, Tensor? noise, "
         "float clip, int offset) -> Tensor"
     ),
+    "forward_noise_fwd": (
+        "(Tensor(a!) x_t, Tensor x0, Tensor coeffs, Tensor t, Tensor? seed, Tensor? step, "
+        "Tensor? noise, int offset) -> ()"
+    ),
+    "forward_noise_loss_fwd": (
+        "(Tensor model_out, Tensor x0, Tensor coeffs, Tensor t, Tensor? weights, Tensor? seed, "
+        "Tensor? step, Tensor? noise, int offset, int loss) -> Tensor"
+    ),
+    "forward_noise_loss_bwd": (
+        "(Tensor dloss, Tensor model_out, Tensor x0, Tensor coeffs, Tensor t, Tensor? weights, "
+        "Tensor? seed, Tensor? step, Tensor? noise, int offset, int loss) -> Tensor"
+    ),
     "noise_fwd": "(Tensor(a!) out, Tensor seed, Tensor step, int stream, int offset) -> ()",
 }
 
@@ -76,6 +88,23 @@ def _reverse_step_fwd(x, model_out, coeffs, step, seed, noise, clip, offset):
     return torch.empty_like(x)
 
 
+LOSSES = ("l1", "l2", "huber")  # the schemas' int loss, as csrc/kernels.h numbers them
+
+
+def _forward_noise_fwd(x_t, x0, coeffs, t, seed, step, noise, offset):
+    return None
+
+
+def _forward_noise_loss_fwd(model_out, x0, coeffs, t, weights, seed, step, noise, offset, loss):
+    return model_out.new_empty((model_out.shape[0],), dtype=torch.float32)
+
+
+def _forward_noise_loss_bwd(
+    dloss, model_out, x0, coeffs, t, weights, seed, step, noise, offset, loss
+):
+    return torch.empty_like(model_out)
+
+
 def _noise_fwd(out, seed, step, stream, offset):
     return None
 
@@ -86,6 +115,9 @@ FAKES = {
     "attention_fwd": _attention_fwd,
     "attention_bwd": _attention_bwd,
     "reverse_step_fwd": _reverse_step_fwd,
+    "forward_noise_fwd": _forward_noise_fwd,
+    "forward_noise_loss_fwd": _forward_noise_loss_fwd,
+    "forward_noise_loss_bwd": _forward_noise_loss_bwd,
     "noise_fwd": _noise_fwd,
 }
 

@@ -60,3 +60,39 @@ def reverse_step_fwd(x, model_out, coeffs, step, seed, noise, clip: float, offse
     # A row without noise must not turn an infinite z into NaN, nor a NaN row into a number.
     z = torch.where(s == 0, 0.0, s * noise.float())
     return (c * x0 + d * state + z).to(x.dtype)
+
+
+def _rows(coeffs: Tensor, t: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """Columns of coeffs[t], shaped to broadcast over `dim` dimensions; NaN for a t outside."""
+    inside = ((t >= 0) & (t < coeffs.shape[0]))[:, None]
+    rows = torch.where(inside, coeffs[t.clamp(0, coeffs.shape[0] - 1)], math.nan)
+    return rows.reshape(len(t), coeffs.shape[1], *[1] * (dim - 1)).unbind(1)
+
+
+def _pictures(x0: Tensor) -> Tensor:
+    return x0.float() / 127.5 - 1 if x0.dtype == torch.uint8 else x0.float()
+
+
+def _training_noise(x0: Tensor, seed, step, noise, offset: int) -> Tensor:
+    if noise is not None:
+        return noise
+    noise = torch.empty(x0.shape, dtype=torch.float32, device=x0.device)
+    noise_fwd(noise, seed, step, 2, offset)
+    return noise
+
+
+def forward_noise(x0, coeffs, t, seed, step, noise, offset: int, dtype) -> Tensor:
+    """The sequence that a training loop usually launches, in float32."""
+    a, b, _, _ = _rows(coeffs, t, x0.dim())
+    x_t = a * _pictures(x0) + b * _training_noise(x0, seed, step, noise, offset)
+    return x_t.to(dtype)
+
+
+def forward_noise_loss(
+    model_out, x0, coeffs, t, weights, seed, step, noise, offset: int, loss: int
+) -> Tensor:
+    _, _, p, q = _rows(coeffs, t, x0.dim())
+    target = p * _pictures(x0) + q * _training_noise(x0, seed, step, noise, offset)
+    distance = (F.l1_loss, F.mse_loss, F.smooth_l1_loss)[loss]  # in the order of boundary.LOSSES
+    mean = distance(model_out.float(), target, reduction="none").flatten(1).mean(1)
+    return mean if weights is None else weights * mean

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from .boundary import NATIVE, register_fakes
 
-OPS = ("group_norm_silu_fwd", "group_norm_silu_bwd", "reverse_step_fwd", "noise_fwd")
+OPS = (
+    "group_norm_silu_fwd",
+    "group_norm_silu_bwd",
+    "reverse_step_fwd",
+    "forward_noise_fwd",
+    "forward_noise_loss_fwd",
+    "forward_noise_loss_bwd",
+    "noise_fwd",
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BUILD = "pip install -e . --no-build-isolation"
 
@@ -120,3 +128,51 @@ def reverse_step_fwd(
 
 def noise_fwd(out: Tensor, seed: Tensor, step: Tensor, stream: int, offset: int) -> None:
     torch.ops.engine.noise_fwd.default(out, seed, step, stream, offset)
+
+
+def forward_noise_fwd(
+    x_t: Tensor,  # (N, C, *S), written; like x0 and noise in either layout
+    x0: Tensor,  # uint8 too
+    coeffs: Tensor,  # (T, 4) float32
+    t: Tensor,  # (N,) int64
+    seed: Tensor | None,  # one int64, like step
+    step: Tensor | None,
+    noise: Tensor | None,  # float32
+    offset: int,
+) -> None:
+    torch.ops.engine.forward_noise_fwd.default(x_t, x0, coeffs, t, seed, step, noise, offset)
+
+
+def forward_noise_loss_fwd(
+    model_out: Tensor,  # (N, C, *S), either layout
+    x0: Tensor,
+    coeffs: Tensor,
+    t: Tensor,
+    weights: Tensor | None,  # (N,) float32
+    seed: Tensor | None,
+    step: Tensor | None,
+    noise: Tensor | None,
+    offset: int,
+    loss: int,  # number in boundary.LOSSES
+) -> Tensor:  # (N,) float32
+    return torch.ops.engine.forward_noise_loss_fwd.default(
+        model_out, x0, coeffs, t, weights, seed, step, noise, offset, loss
+    )
+
+
+def forward_noise_loss_bwd(
+    dloss: Tensor,  # (N,) float32
+    model_out: Tensor,
+    x0: Tensor,
+    coeffs: Tensor,
+    t: Tensor,
+    weights: Tensor | None,
+    seed: Tensor | None,
+    step: Tensor | None,
+    noise: Tensor | None,
+    offset: int,
+    loss: int,
+) -> Tensor:  # like model_out
+    return torch.ops.engine.forward_noise_loss_bwd.default(
+        dloss, model_out, x0, coeffs, t, weights, seed, step, noise, offset, loss
+    )

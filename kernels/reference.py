@@ -68,3 +68,33 @@ def reverse_step(
         x0 = x0.clamp(-clip, clip)
     x_next = c * x0 + d * x
     return x_next if noise is None else x_next + s * noise
+
+
+def forward_noise(
+    x0: Tensor,  # (N, C, *S); uint8 means x0 / 127.5 − 1
+    coeffs: Tensor,  # (T, 4)
+    t: Tensor,  # (N,) int64
+    noise: Tensor,  # (N, C, *S)
+) -> tuple[Tensor, Tensor]:
+    """x_t = a·x0 + b·ε, target = p·x0 + q·ε, (a, b, p, q) = coeffs[t] (Ho et al. 2020, eq. 4)."""
+    a, b, p, q = (row.reshape(-1, *[1] * (x0.dim() - 1)) for row in coeffs[t].unbind(1))
+    x0 = x0.to(coeffs.dtype) / 127.5 - 1 if x0.dtype == torch.uint8 else x0
+    return a * x0 + b * noise, p * x0 + q * noise
+
+
+def forward_noise_loss(
+    model_out: Tensor,  # (N, C, *S)
+    target: Tensor,  # (N, C, *S)
+    loss: str,
+    weights: Tensor | None = None,  # (N,)
+) -> Tensor:
+    """(N,): weights · mean ℓ(r), r = model_out − target; huber: r²/2 for |r| < 1, else |r| − ½."""
+    r = model_out - target
+    if loss == "l1":
+        r = r.abs()
+    elif loss == "l2":
+        r = r * r
+    else:
+        r = torch.where(r.abs() < 1, 0.5 * r * r, r.abs() - 0.5)
+    mean = r.flatten(1).mean(1)
+    return mean if weights is None else weights * mean

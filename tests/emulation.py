@@ -14,13 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from engine.kernels import native
 from engine.kernels.boundary import register_fakes
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emulation"
 HEADER = ROOT / "tests" / "cuda_on_cpu.h"
-OPS = ("group_norm_silu_fwd", "group_norm_silu_bwd", "reverse_step_fwd", "noise_fwd")
+OPS = native.OPS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # -fno-gnu-unique: a second build in the same process must not share the first one's variables.

@@ -12,7 +12,7 @@ from engine import ops
 OP = "all"
 PRESENT = [
     (op, backend)
-    for op in ("group_norm_silu", "attention", "reverse_step", "noise")
+    for op in ("group_norm_silu", "attention", "reverse_step", "forward_noise", "noise")
     for backend in ("eager", "native", "triton")
     if (op, backend) != ("attention", "native")
 ]
@@ -45,6 +45,15 @@ def call(op: str, impl: str):
             x = ops.reverse_step(x * 1, out, coeffs, step, key=5, impl=impl)
             return ops.reverse_step(x, out, coeffs, 3, key=5, impl=impl)
 
+    elif op == "forward_noise":
+        leaves = [torch.randn(2, 3, 4, 4, device=DEVICE, requires_grad=True)]
+        x0, coeffs = torch.randn(2, 3, 4, 4, device=DEVICE), torch.rand(10, 4, device=DEVICE)
+        t = torch.tensor([2, 7], device=DEVICE)
+
+        def function(w):
+            x_t = ops.forward_noise(x0 * 1, coeffs, t, key=5, step=2, impl=impl)
+            return ops.forward_noise_loss(x_t * w, x0, coeffs, t, key=5, step=2, impl=impl)
+
     else:
         leaves = [torch.randn(2, 3, 4, 4, device=DEVICE)]
 
@@ -73,7 +82,9 @@ def test_fullgraph(op, impl_name, backend):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("op", ["group_norm_silu", "attention", "reverse_step", "noise"])
+@pytest.mark.parametrize(
+    "op", ["group_norm_silu", "attention", "reverse_step", "forward_noise", "noise"]
+)
 def test_inductor(op):
     """The default backend of torch.compile, which fuses what eager does: forward and backward."""
     function, leaves = call(op, "eager")
@@ -146,6 +157,7 @@ def opcheck_arguments(op: str):
     step, seed = (torch.tensor(v, device=DEVICE) for v in (3, 7))
     coeffs = torch.rand(10, 5, device=DEVICE)
     lse = torch.zeros(1, 2, 9, device=DEVICE)
+    quads, t = torch.rand(10, 4, device=DEVICE), torch.tensor([1, 9], device=DEVICE)
     last = x.contiguous(memory_format=torch.channels_last)
     return {
         "group_norm_silu_fwd": [(x, *operands, 2, 1e-5, True), (last, *[None] * 5, 2, 1e-5, False)],
@@ -159,6 +171,15 @@ def opcheck_arguments(op: str):
             (x, x, coeffs, step, seed, None, 1.0, 0),
             (last, x, coeffs, step, None, x, 1.0, 0),
         ],
+        "forward_noise_fwd": [(torch.empty_like(last), x, quads, t, seed, step, None, 0)],
+        "forward_noise_loss_fwd": [
+            (last, x, quads, t, None, None, None, x, 0, 2),
+            (x, x, quads, t, stats[0][0], seed, step, None, 0, 0),
+        ],
+        "forward_noise_loss_bwd": [
+            (stats[0][0], last, x, quads, t, None, None, None, x, 0, 2),
+            (stats[0][0], x, x, quads, t, stats[1][0], seed, step, None, 0, 0),
+        ],
         "noise_fwd": [(torch.empty(3, 5, device=DEVICE), seed, step, 0, 0)],
     }[op]
 
@@ -168,7 +189,7 @@ def opcheck_arguments(op: str):
 def test_opcheck(op, impl_name, backend):
     if impl_name == "native" and op.startswith("attention"):
         pytest.skip("native has no attention kernel")
-    function, leaves = call(op.rsplit("_", 1)[0], impl_name)
+    function, leaves = call(op.rsplit("_", 1)[0].removesuffix("_loss"), impl_name)
     function(*leaves)  # loads and registers
     namespace = {"native": boundary.NATIVE, "triton": boundary.TRITON}[impl_name]
     overload = getattr(getattr(torch.ops, namespace), op).default

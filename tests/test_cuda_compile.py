@@ -21,6 +21,10 @@ ARCHITECTURES = (80, 90, 100)
 # Registers a thread may use: 65536 / (threads of the largest block × blocks a processor should
 # hold). Static shared memory: a launch has 48 KB; with 16 KB three blocks share a processor.
 REGISTERS = {
+    "forward_noise_kernel": 64,  # 256 threads, four blocks a processor
+    "forward_noise_loss_kernel": 64,
+    "forward_noise_loss_sum_kernel": 40,
+    "forward_noise_grad_kernel": 64,
     "group_norm_silu_fwd_planes_kernel": 80,  # 768 threads
     "group_norm_silu_fwd_slabs_kernel": 104,  # 512 threads
     "group_norm_silu_merge_kernel": 64,

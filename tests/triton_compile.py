@@ -77,7 +77,7 @@ def meta(*shape: int, dtype=torch.float32, last: bool = False) -> torch.Tensor:
 
 def launches():
     """(label, launcher, arguments): layouts, dtypes and sizes of real models, on meta tensors."""
-    from engine.kernels import attention, group_norm_silu, noise, reverse_step
+    from engine.kernels import attention, forward_noise, group_norm_silu, noise, reverse_step
 
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -122,6 +122,17 @@ def launches():
     last = meta(128, 3, 32, 32, dtype=bf16, last=True)
     yield "f32", reverse_step.reverse_step_fwd, (x, last, coeffs, step, key, None, 1.0, 0)
     yield "bf16 noise", reverse_step.reverse_step_fwd, (last, x, coeffs, step, None, x, 1.0, 0)
+
+    coeffs, t, weights = meta(1000, 4), meta(128, dtype=torch.int64), meta(128)
+    pictures = meta(128, 3, 32, 32, dtype=torch.uint8)
+    drawn, given = (key, step, None, 0), (None, None, x, 0)
+    out = meta(128, 3, 32, 32, dtype=bf16)
+    yield "bf16 of uint8", forward_noise.forward_noise_fwd, (out, pictures, coeffs, t, *drawn)
+    yield "NHWC of f32, noise", forward_noise.forward_noise_fwd, (last, x, coeffs, t, *given)
+    for name, rest in (("drawn", (None, *drawn)), ("weights, noise", (weights, *given))):
+        arguments = (out, x, coeffs, t, *rest, 2)
+        yield f"bf16 huber {name}", forward_noise.forward_noise_loss_fwd, arguments
+        yield f"bf16 huber {name}", forward_noise.forward_noise_loss_bwd, (weights, *arguments)
 
 
 def main(arch: int) -> None:

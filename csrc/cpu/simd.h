@@ -118,9 +118,28 @@ ENGINE_INLINE F plain_nan(F v) { return v == v ? v : as_float(U{} + 0x7FC00000u)
 ENGINE_INLINE F load(const float* p) { return read<F>(p); }
 ENGINE_INLINE F load(const bf16* p) { return as_float(widen(read<H>(p)) << 16); }
 ENGINE_INLINE F load(const f16* p) { return half_to_float(read<H>(p)); }
+ENGINE_INLINE F load(const uint8_t* p) {
+  F v;
+  for (int i = 0; i < W; ++i) v[i] = p[i];
+  return v;
+}
 ENGINE_INLINE void store(float* p, F v) { write(p, v); }
 ENGINE_INLINE void store(bf16* p, F v) { write(p, narrow(round_bf16(plain_nan(v)) >> 16)); }
 ENGINE_INLINE void store(f16* p, F v) { write(p, float_to_half(v)); }
+
+// One element.
+ENGINE_INLINE float value_of(float v) { return v; }
+ENGINE_INLINE float value_of(uint8_t v) { return v; }
+ENGINE_INLINE float value_of(bf16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, 4);
+  return result;
+}
+ENGINE_INLINE float value_of(f16 v) {
+  f16 copy[W] = {v};
+  return load(copy)[0];
+}
 
 // The first n < W elements; the other lanes are 0.
 template <class T>

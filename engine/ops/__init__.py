@@ -7,6 +7,7 @@ other view is copied once to contiguous for native and triton, and `explain` say
 
 from .attention import attention
 from .explain import explain
+from .forward_noise import forward_noise, forward_noise_loss
 from .group_norm_silu import group_norm_silu
 from .noise import INITIAL_NOISE, STEP_NOISE, TRAINING_NOISE, noise
 from .reverse_step import reverse_step
@@ -17,6 +18,8 @@ __all__ = [
     "TRAINING_NOISE",
     "attention",
     "explain",
+    "forward_noise",
+    "forward_noise_loss",
     "group_norm_silu",
     "noise",
     "reverse_step",

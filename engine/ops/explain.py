@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import dispatch
 from .attention import arguments as attention_arguments
+from .forward_noise import arguments as forward_noise_arguments
 from .group_norm_silu import arguments as group_norm_silu_arguments
 from .layout import is_dense
 from .noise import arguments as noise_arguments
@@ -15,6 +16,7 @@ ARGUMENTS = {  # op → its call's arguments as a back end gets them, checked
     "group_norm_silu": group_norm_silu_arguments,
     "attention": attention_arguments,
     "reverse_step": reverse_step_arguments,
+    "forward_noise": forward_noise_arguments,
     "noise": noise_arguments,
 }
 
@@ -35,7 +37,7 @@ def explain(op: str, *args, **kwargs) -> None:
     call = ARGUMENTS[op](*args, **kwargs)
     print(dispatch.table(op, *call))
     copied = [t for t in call if isinstance(t, Tensor) and t.dim() > 2 and not is_dense(t)]
-    if op in ("group_norm_silu", "reverse_step") and copied:
+    if op in ("group_norm_silu", "reverse_step", "forward_noise") and copied:
         print(
             f"  note: {len(copied)} tensor(s) neither contiguous nor channels_last (first: strides "
             f"{copied[0].stride()}); native and triton copy them once"
