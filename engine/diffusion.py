@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import schedules
+from . import ops, schedules
 
 PREDICTIONS = ("eps", "x0", "v")
 VARIANCES = ("small", "large")
@@ -104,18 +104,31 @@ class Diffusion:
         t: Tensor | None = None,  # (N,) int64, uniform over 0 … T−1 unless given
         noise: Tensor | None = None,  # (N, C, H, W), standard normal unless given
         y: Tensor | None = None,  # (N,) class labels
+        key: int | Tensor | None = None,  # in place of noise: drawn in the kernels, never stored,
+        step: int | Tensor = 0,  # as normals of (key, step, stream 2) of the noise contract
     ) -> Tensor:
         """L_simple = mean ℓ(target, model(x_t, t)) (Ho et al. 2020, eq. 14), a float32 scalar."""
         if t is None:
             t = torch.randint(self.T, (x0.shape[0],), device=x0.device)
+        _check_steps(t, x0.shape[0], self.T)
+
+        def run(x_t: Tensor) -> Tensor:
+            out = check_output(model(x_t, t) if y is None else model(x_t, t, y))
+            if out.shape != x0.shape:
+                raise ValueError(
+                    f"the model returned {tuple(out.shape)}, "
+                    f"expected {tuple(x0.shape)} like its input"
+                )
+            return out
+
+        if key is not None:
+            rows = self._rows_on(x0.device)
+            draw = {"key": key, "step": step, "noise": noise}
+            out = run(ops.forward_noise(x0, rows, t, **draw))
+            return ops.forward_noise_loss(out, x0, rows, t, loss=self.loss_type, **draw).mean()
         if noise is None:
             noise = torch.randn_like(x0)
-        x_t = self.q_sample(x0, t, noise)
-        out = check_output(model(x_t, t) if y is None else model(x_t, t, y)).float()
-        if out.shape != x0.shape:
-            raise ValueError(
-                f"the model returned {tuple(out.shape)}, expected {tuple(x0.shape)} like its input"
-            )
+        out = run(self.q_sample(x0, t, noise)).float()
         target = self.target(x0, t, noise).float()
         distance = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}[self.loss_type]
         return distance(out, target)
@@ -135,6 +148,11 @@ class Diffusion:
         if self.prediction == "v":
             return root, -rest
         return torch.zeros_like(root), torch.ones_like(root)
+
+    def _rows_on(self, device: torch.device) -> Tensor:  # (T, 4) float32
+        if ("forward_rows", device) not in self._tables:
+            self._tables["forward_rows", device] = self.forward_rows().float().to(device)
+        return self._tables["forward_rows", device]
 
     def _table(self, name: str) -> Tensor:  # (T,) float64
         if name in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"):

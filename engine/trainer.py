@@ -92,15 +92,13 @@ class Trainer:
 
     def loss(self, x0: Tensor, y: Tensor | None, index: int) -> Tensor:
         """The loss of micro-batch `index`; t, noise and dropout follow from (seed, index)."""
-        from .ops import TRAINING_NOISE, noise
-
         seed, n = self.config.seed, len(x0)
         t = torch.randint(self.diffusion.T, (n,), generator=data.generator(seed, 2, index))
         torch.manual_seed(data.generator(seed, 3, index).initial_seed())  # dropout
-        z = noise(seed, index, TRAINING_NOISE, x0.shape, device=self.device)
-        z = z.to(memory_format=torch.channels_last)
         with autocast(self.device, self.precision):
-            return self.diffusion.loss(self.model, x0, t=t.to(self.device), noise=z, y=y)
+            return self.diffusion.loss(
+                self.model, x0, t=t.to(self.device), y=y, key=seed, step=index
+            )
 
     def train_step(self, x: Tensor, y: Tensor | None) -> dict[str, float]:
         """One optimiser step on a batch x (B, C, H, W) float32 → the row for the log."""

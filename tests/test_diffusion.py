@@ -166,3 +166,26 @@ def test_steps_of_either_integer_type():
 def test_bad_input(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("loss", ["l1", "l2", "huber"])
+def test_loss_of_a_key_is_the_loss_of_its_noise(prediction, loss):
+    """key and step: the same normals as ops.noise, drawn in the kernels; gradients included."""
+    process = engine.Diffusion(schedules.betas("cosine", 50), prediction=prediction, loss=loss)
+    x0, w = torch.rand(4, 3, 6, 6) * 2 - 1, torch.full((), 0.5, requires_grad=True)
+    t = torch.tensor([0, 3, 20, 49])
+
+    def model(x, t):
+        return w * x
+
+    noise = engine.ops.noise(11, 5, engine.ops.TRAINING_NOISE, x0.shape)
+    expected = process.loss(model, x0, t=t, noise=noise)
+    got = process.loss(model, x0, t=t, key=11, step=5)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(torch.autograd.grad(got, w), torch.autograd.grad(expected, w), strict=True):
+        torch.testing.assert_close(a, b)
+    other = process.loss(model, x0, t=t, key=11, step=6)
+    assert not torch.isclose(got, other)
+    with pytest.raises(ValueError, match="exactly one"):
+        process.loss(model, x0, t=t, key=11, noise=noise)
