@@ -17,7 +17,7 @@ SHAPES = [(32, 1, 28, 28), (128, 3, 32, 32), (16, 3, 64, 64)]
 
 
 def sequence(x0, model_out, rows, t):
-    """A training step as it is usually written: scale, draw, mix, the loss of ε and its gradient."""
+    """A training step as usually written: scale, draw, mix, the loss of ε and its gradient."""
     x0 = x0.float() / 127.5 - 1
     noise = torch.randn_like(x0)
     a, b = (rows[t, k].reshape(-1, 1, 1, 1) for k in (0, 1))
