@@ -101,8 +101,11 @@ endif
 $(VENV_STAMP):
 	@echo 'creating $(VENV)'
 	@$(PYTHON) -c 'import sys; raise SystemExit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.12")'
-	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
-	  $(PYTHON) -m virtualenv --quiet $(VENV) 2>/dev/null; } || { rm -rf $(VENV); \
+	@if [ -e '$(VENV)' ] && [ ! -f '$(VENV)/pyvenv.cfg' ]; then \
+	  echo '$(VENV) exists and is no virtual environment: give another VENV=, or VENV=none' >&2; exit 2; fi
+	@keep=; [ ! -e '$(VENV)' ] || keep=1; remove() { [ -n "$$keep" ] || rm -rf '$(VENV)'; }; \
+	$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { remove; \
+	  $(PYTHON) -m virtualenv --quiet $(VENV) 2>/dev/null; } || { remove; \
 	  $(PYTHON) -m pip install --quiet --disable-pip-version-check --target $(VENV).virtualenv virtualenv && \
 	  PYTHONPATH=$(VENV).virtualenv $(PYTHON) -m virtualenv --quiet $(VENV); rm -rf $(VENV).virtualenv; }
 	@test -x $(PY) || { echo 'no virtual environment could be made: install python3-venv, or use VENV=none' >&2; exit 2; }
@@ -114,7 +117,7 @@ $(PACKAGES_STAMP): $(VENV_STAMP) pyproject.toml $(TORCH_CHANGED)
 	@$(PY) -m pip install --disable-pip-version-check $(TORCH)
 	@echo '$(TORCH)' > $(VENV)/.engine-torch
 	@echo 'installing the packages of pyproject.toml'
-	@$(PY) -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/torch.txt
+	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/torch.txt
 	@$(PY) -c "$$LIST_REQUIREMENTS" > $(VENV)/requirements.txt
 	@$(PIP_INSTALL) -c $(VENV)/torch.txt -r $(VENV)/requirements.txt
 	@touch $@

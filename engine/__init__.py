@@ -5,8 +5,8 @@ import os
 
 __version__ = "0.1.0"
 
-# The source tree has the kernels beside this package, in ./kernels; an installed package, inside.
-# They are never a top-level `kernels`: that name belongs to Hugging Face's package.
+# The kernels lie beside this package, in ./kernels, or, once installed, inside it; never as a
+# top-level `kernels`: that name is Hugging Face's.
 if not os.path.isdir(os.path.join(__path__[0], "kernels")):
     __path__.append(os.path.dirname(os.path.abspath(__path__[0])))
 
@@ -19,11 +19,15 @@ _HOME = {
     "noise": "ops",
     "sample": "samplers",
 }
+_MODULES = ("ops", "samplers", "schedules")
 
 
 def __getattr__(name: str):
-    if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    if name in ("ops", "schedules"):
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module 'engine' has no attribute '{name}'")
+    if name not in _HOME and name not in _MODULES:
+        raise AttributeError(f"module 'engine' has no attribute '{name}'")
+    module = importlib.import_module(f"{__name__}.{_HOME.get(name, name)}")
+    return getattr(module, name) if name in _HOME else module
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME, *_MODULES])

@@ -22,7 +22,7 @@ def parse(config_class: type, prog: str, args: Sequence[str] | None = None, defa
     try:
         import tyro
     except ImportError:
-        raise ModuleNotFoundError("the command line needs tyro: pip install tyro") from None
+        raise ModuleNotFoundError("the command line needs tyro", name="tyro") from None
     given = {} if default is None else {"default": default}
     # An option that is left out is None, and nobody types that.
     config = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
@@ -157,13 +157,16 @@ def out_of_memory(error: Exception) -> bool:
 def sentence(error: Exception) -> str:
     if isinstance(error, RuntimeError):
         if out_of_memory(error):
-            return "the memory does not suffice: try a smaller --batch"
+            return "the memory does not suffice: try a smaller --batch, in another --out"
         return str(error).splitlines()[0]
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = {"PIL": "pillow"}.get(error.name, error.name)
+        ready = Path(".venv", "bin", "python")  # where `make` puts everything
+        if ready.exists() and Path(sys.prefix).resolve() != ready.parent.parent.resolve():
+            return f"{text}: use {ready}, which `make` has set up, or pip install {package}"
         return f"{text}: pip install {package}"
     return text
 

@@ -65,15 +65,17 @@ def loss_curve(run: str | os.PathLike, path: str | os.PathLike | None = None) ->
     rows = [row for row in read_metrics(run) if row.get("loss") is not None]
     path = Path(run) / "loss.png" if path is None else Path(path)
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    smooth, average = [], None
-    for loss in losses:
-        average = loss if average is None else 0.95 * average + 0.05 * loss
-        smooth.append(average)
+    smooth, average, weight = [], 0.0, 0.0
+    for loss in losses:  # over the weights so far: a start at the first loss would show for long
+        average, weight = 0.95 * average + 0.05 * loss, 0.95 * weight + 0.05
+        smooth.append(average / weight)
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120, layout="constrained")
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="loss of a batch")
     axes.plot(steps, smooth, color="tab:blue", linewidth=1.5, label="moving average")
     if losses and min(losses) > 0:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     axes.set(xlabel="optimiser step", ylabel="loss", title=str(Path(run).name))
     axes.grid(alpha=0.3)
     axes.legend()

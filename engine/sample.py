@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
-
 from . import cli
-from .samplers import sample
+
+if __name__ != "__main__":  # the command line answers --help and wrong options without torch
+    from .samplers import sample
 
 try:
     from tyro.conf import Positional
@@ -58,12 +58,16 @@ class SampleConfig:
 
 
 def command(args: Sequence[str] | None) -> None:
+    config = cli.parse(SampleConfig, PROG, args)
+    check(config)
+
+    import torch
+
     from . import plots
     from .checkpoint import load
     from .device import autocast, choose_device, choose_precision
+    from .samplers import sample
 
-    config = cli.parse(SampleConfig, PROG, args)
-    check(config)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     model, diffusion, info = load(config.run, device=device)
@@ -73,6 +77,9 @@ def command(args: Sequence[str] | None) -> None:
             f"--steps {steps} is more than the {diffusion.T} steps that the model was trained with"
         )
     labels = choose_labels(config, model.config.get("num_classes"), info.get("classes", []))
+    for name, path in (("out", config.out), ("strip", config.strip)):
+        if path is not None:
+            cli.make_writable(path.absolute().parent, f"--{name}")
     size = model.config["image_size"]
     parts, states = [], []
     for start in range(0, config.n, config.batch):
@@ -121,11 +128,12 @@ def check(config: SampleConfig) -> None:
             continue
         if path.suffix.lower() != ".png" or path.is_dir():
             raise ValueError(f"--{name} {path}: give the name of a .png file")
-        cli.make_writable(path.absolute().parent, f"--{name}")
 
 
 def choose_labels(config: SampleConfig, classes: int | None, names: Sequence[str]):
     """y (n,) int64 for a class-conditional model, else None."""
+    import torch
+
     if classes is None:
         if config.label is not None:
             raise ValueError(
@@ -138,6 +146,10 @@ def choose_labels(config: SampleConfig, classes: int | None, names: Sequence[str
         listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
         raise ValueError(f"--label {config.label} is none of the {classes} classes ({listed})")
     return torch.full((config.n,), config.label)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(command))
 
 
 class _CallableModule(types.ModuleType):
@@ -153,7 +165,4 @@ class _CallableModule(types.ModuleType):
         return sample(*args, **kwargs)
 
 
-if __name__ == "__main__":
-    sys.exit(cli.main(command))
-else:
-    sys.modules[__name__].__class__ = _CallableModule
+sys.modules[__name__].__class__ = _CallableModule

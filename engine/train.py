@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,14 +162,14 @@ def train(config: TrainConfig) -> Path:
     Raises ValueError or OSError, one sentence, for bad input, before anything is written; Stopped
     after a signal and Diverged when the loss stays NaN.
     """
+    config = complete(config)
+    validate(config)
     # Late, so that --help and a wrong option are answered without waiting for torch.
     from . import checkpoint, data
     from .device import choose_device, choose_precision
     from .dispatch import cases_on
     from .trainer import Trainer, describe
 
-    config = complete(config)
-    validate(config)
     choose_device(config.device)
     tensors, info = {}, None
     if config.resume is not None:
@@ -333,10 +334,16 @@ def check_resume(config: TrainConfig, saved: TrainConfig) -> None:
         if field.name not in RESUMABLE and old != new:
             raise ValueError(
                 f"{cli.option(field.name)} cannot change on --resume: "
-                f"the run was started with {old}, not {new}"
+                f"the run was started with {'its default' if old is None else old}, not {new}"
             )
     if config.out.resolve() != saved.out.resolve():
         raise ValueError(f"--resume goes on in {saved.out}: leave out --out {config.out}")
+
+
+def interpreter() -> str:
+    """The running Python, as one would type it here."""
+    path = Path(sys.executable)
+    return shlex.quote(os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path))
 
 
 def command(args: Sequence[str] | None) -> None:
@@ -351,11 +358,14 @@ def command(args: Sequence[str] | None) -> None:
         print(f"samples      {folder / 'samples.png'}")
         print(f"x_T … x_0    {folder / 'strip.png'}")
     print(f"loss         {folder / 'loss.png'}")
+    python = "python" if shutil.which("python") == sys.executable else interpreter()
     print("try next:")
     config, run = complete(config), shlex.quote(str(folder))
     steps = min(50, config.timesteps)
-    print(f"  python -m engine.sample {run} --sampler ddim --steps {steps} --seed 7 --out grid.png")
-    print(f"  python -m engine.train --resume {run} --steps {2 * config.steps}")
+    print(
+        f"  {python} -m engine.sample {run} --sampler ddim --steps {steps} --seed 7 --out grid.png"
+    )
+    print(f"  {python} -m engine.train --resume {run} --steps {2 * config.steps}")
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -41,6 +41,9 @@ from .triton_base import refusals as base_refusals
 LOG2E = tl.constexpr(math.log2(math.e))
 
 
+MAX_SCALE = 1e38  # times log2 e, still a float32
+
+
 @triton.jit
 def _attention_fwd_kernel(
     q_ptr,  # (N, HEADS, S, D), like out
@@ -117,6 +120,8 @@ def attention_fwd(
     out = boundary.empty_heads(q, length, head_dim)
     lse = q.new_empty((n, heads, length), dtype=torch.float32)
     t = tiles(q, length, keys, "fwd")
+    # A scale that float32 cannot tell from zero is zero, and with sign 0 every product is 0.
+    size, sign = (abs(scale), math.copysign(1, scale)) if abs(scale) >= 2.0**-126 else (1.0, 0)
     every, vector = strides(q, k, v, out)
     with torch.cuda.device_of(q):
         _attention_fwd_kernel[programs(triton.cdiv(length, t.fixed) * n * heads)](
@@ -126,7 +131,7 @@ def attention_fwd(
             out,
             lse,
             *every,
-            abs(scale) or 1.0,  # of zero: with sign 0 every product is 0
+            size,
             heads,
             length,
             keys,
@@ -135,7 +140,7 @@ def attention_fwd(
             BLOCK_S=t.fixed,
             BLOCK_K=t.moving,
             FULL_K=keys % t.moving == 0,
-            SIGN=(scale > 0) - (scale < 0),
+            SIGN=int(sign),
             **widths(q),
             **t.options,
         )
@@ -146,8 +151,8 @@ def refusals(op: str, q, k, v, scale) -> list[str]:
     reasons = base_refusals(q, k, v)
     if q.shape[-1] > MAX_HEAD_DIM:
         reasons.append(f"head_dim {q.shape[-1]} > {MAX_HEAD_DIM}")
-    if not abs(scale) < math.inf:
-        reasons.append(f"scale {scale} is not finite")
+    if not abs(scale) <= MAX_SCALE:
+        reasons.append(f"scale {scale} is not within ±{MAX_SCALE:g}")
     if v.shape[-1] != q.shape[-1]:
         reasons.append(f"head_dim of v {v.shape[-1]} is not that of q {q.shape[-1]}")
     if not q.dtype == k.dtype == v.dtype:

@@ -289,7 +289,10 @@ def group_norm_silu_fwd(
 
 
 def refusals(op: str, x, weight, bias, add, scale, shift, num_groups, eps, silu) -> list[str]:
-    return base_refusals(x, weight, bias, add, scale, shift)
+    reasons = base_refusals(x, weight, bias, add, scale, shift)
+    if x.numel() // (x.shape[0] * x.shape[1]) >= 2**31:
+        reasons.append("has 32-bit positions: needs fewer than 2^31 a channel")
+    return reasons
 
 
 _library = boundary.define(

@@ -22,6 +22,7 @@ EMULATED = "cuda-emulated"
 _ran: Counter = Counter()
 _passed: Counter = Counter()  # per (op, back end)
 _failed: Counter = Counter()
+_whole = True  # no case was left out
 
 
 def backends(op: str) -> list[str]:
@@ -111,22 +112,34 @@ def pytest_runtest_logreport(report) -> None:
         _passed[properties["op"], properties["backend"]] += 1
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_call(item) -> None:
-    backend = getattr(item, "funcargs", {}).get("backend")
+def pytest_itemcollected(item) -> None:
+    """Notes back end and op of every case, before a fixture of it can fail."""
+    chosen = item.callspec.params if hasattr(item, "callspec") else {}
+    backend = chosen.get("backend") or chosen.get("impl_name")
     if backend is None and item.path.stem == "test_cuda_emulated":
         backend = EMULATED
-    if backend is not None:
-        item.user_properties.append(("backend", backend))
-        if hasattr(item.module, "OP"):
-            item.user_properties.append(("op", item.module.OP))
+    if backend is None or not hasattr(item.module, "OP"):
+        return
+    item.user_properties.append(("backend", backend))
+    op = item.module.OP if item.module.OP != "all" else chosen.get("op", "")
+    for name in dispatch.ORDER:
+        if op.startswith(name):
+            item.user_properties.append(("op", name))
 
 
-def pytest_sessionfinish(session) -> None:
+def pytest_deselected(items) -> None:
+    global _whole
+    _whole = False
+
+
+def pytest_sessionfinish(session, exitstatus) -> None:
     """A whole run on a GPU is what `auto` rests on there; a part of the tests proves nothing."""
-    chosen = session.config.option
-    part = chosen.keyword or chosen.markexpr or chosen.lf or chosen.maxfail
-    if DEVICE == "cuda" and not part and session.config.args_source.name != "ARGS":
+    config = session.config
+    whole = _whole and exitstatus in (0, 1) and not session.shouldstop and not session.shouldfail
+    named = config.args_source.name == "ARGS" or getattr(config.option, "ignore", None)
+    alone = not hasattr(config, "workerinput") and not getattr(config.option, "numprocesses", None)
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") != "0"
+    if DEVICE == "cuda" and whole and not named and alone and not interpreted:
         proof.record(torch.cuda.get_device_name(), _passed, _failed, dispatch.EVIDENCE_FILE)
 
 

@@ -15,10 +15,14 @@ ROOT = Path(__file__).parent.parent
 def sources(op: str, backend: str) -> list[Path]:
     """The files whose change makes a proof of this back end's op worthless."""
     if backend == "triton":
-        shared = ["triton_base.py", "noise.py"] if op == "reverse_step" else ["triton_base.py"]
-        names = {*shared, *(p.name for p in (ROOT / "kernels").glob(f"{op}*.py"))}
+        names = {"triton_base.py", "boundary.py"}
+        names |= {
+            "reverse_step": {"noise.py"},
+            "forward_noise": {"noise.py", "reverse_step.py"},
+        }.get(op, set())
+        names |= {p.name for p in (ROOT / "kernels").glob(f"{op}*.py")}
         return sorted(ROOT / "kernels" / name for name in names)
-    found = {ROOT / "csrc/ops.cpp", ROOT / "csrc/kernels.h", ROOT / "csrc/philox.h"}
+    found = {ROOT / "setup.py", *(ROOT / "csrc").glob("*.*")}
     found |= {*(ROOT / "csrc/cuda").glob(f"{op}*"), *(ROOT / "csrc/cuda").glob("*.h")}
     return sorted(found)
 

@@ -156,12 +156,21 @@ def test_only_some_gradients(impl, wanted):
             assert torch.allclose(t.grad.double(), truth.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [math.nan, math.inf])
-def test_a_scale_that_is_not_finite_is_refused(scale):
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -3e38, 1e39])
+def test_a_scale_beyond_float32_is_refused(scale):
     pytest.importorskip("triton")
     qkv = make_qkv((1, 1, 4, 4, 16), torch.float32)
-    with pytest.raises(RuntimeError, match="is not finite"):
+    with pytest.raises(RuntimeError, match="is not within"):
         ops.attention(*qkv, scale=scale, impl="triton")
+
+
+@pytest.mark.parametrize("scale", [1e-46, -1e-40, 5e-324])
+def test_a_scale_below_float32_is_zero(impl, scale):
+    leaves = [t.requires_grad_() for t in make_qkv((1, 1, 4, 6, 16), torch.float32)]
+    out, mean = ops.attention(*leaves, scale=scale, impl=impl), leaves[2].mean(2, keepdim=True)
+    torch.testing.assert_close(out, mean.expand_as(out))
+    dq, dk, _ = torch.autograd.grad(out, leaves, torch.randn_like(out))
+    assert max(dq.abs().max(), dk.abs().max()) < 2.0**-126
 
 
 BAD = {

@@ -1,6 +1,7 @@
 """Which back end `auto` takes: on a GPU only what passed the op's tests on that kind of GPU."""
 
 import json
+import re
 from collections import Counter
 
 import proof
@@ -57,8 +58,14 @@ def test_a_failure_takes_the_proof_away(file):
 
 @pytest.mark.parametrize("op", OPS)
 def test_sources(op):
-    """The digest covers the kernel's own files and what they include or import."""
-    assert {f"{op}.py", "triton_base.py"} <= {path.name for path in proof.sources(op, "triton")}
+    """The digest covers the kernel's own files and all that they include or import."""
+    files = proof.sources(op, "triton")
+    assert {f"{op}.py", "triton_base.py"} <= {path.name for path in files}
+    for file in files:
+        for name in re.findall(
+            r"^from \.(\w+) import|^from \. import (\w+)", file.read_text(), re.M
+        ):
+            assert file.with_name(f"{''.join(name)}.py") in files, (file, name)
     if op != "attention":
         native = {path.name for path in proof.sources(op, "native")}
         assert {f"{op}.cu", "launch.h", "ops.cpp", "philox.h"} <= native

@@ -131,6 +131,16 @@ def step(*shape):
     reverse_step.reverse_step_fwd(x, x, meta(9, 5), *key, None, 1.0, 0)
 
 
+def test_triton_refuses_positions_past_32_bits():
+    pytest.importorskip("triton")
+    from engine.kernels import group_norm_silu
+
+    for positions, sentences in ((2**31 - 1, 0), (2**31, 1)):
+        x = torch.empty(1, 4, positions, 1, device="meta")
+        found = group_norm_silu.refusals("group_norm_silu", x, *[None] * 5, 2, 1e-5, True)
+        assert sum("2^31" in reason for reason in found) == sentences
+
+
 LAUNCHES = {  # of 2³² elements and more, cut in every way
     "many samples": partial(norm, (2**21, 64, 8, 8), 32),
     "many samples, channels_last": partial(norm, (2**21, 64, 8, 8), 32, last=True),

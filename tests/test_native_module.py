@@ -250,6 +250,49 @@ def test_group_norm_misled_first_mean(kernels, shape, channels_last, lonely):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("values", ["two", "spikes", "relu"])
+def test_group_norm_of_equal_terms(kernels, values, channels_last):
+    """Sums of many equal terms: roundings that all go one way."""
+    rng = np.random.default_rng(0)
+    shape = (2, 8, 4096)
+    x = {
+        "two": lambda: np.where(rng.random(shape) < 0.3, 0.7, 0.1),
+        "spikes": lambda: np.where(rng.random(shape) < 0.01, 3.0, 0.1),
+        "relu": lambda: np.maximum(rng.normal(size=shape), 0),
+    }[values]().astype(np.float32)
+    y, _, rstd = kernels.group_norm_silu_fwd(
+        in_layout(x, channels_last), channels_last, {}, 2, 1e-5, True, 1
+    )
+    exact = x.astype(np.float64)
+    truth = 1 / np.sqrt(exact.reshape(2, 2, -1).var(-1) + 1e-5)
+    assert np.abs(rstd / truth - 1).max() < 5e-7
+    within(in_layout(y, channels_last), reference(exact, {}, 2, 1e-5, True), EPS["f32"], "y")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("size", [1e1, 1e3, 1e4])
+def test_group_norm_of_an_add_that_cancels(kernels, size, channels_last):
+    """x + add is small and exact; add alone is not."""
+    rng = np.random.default_rng(0)
+    add = (size * (1 + rng.random((2, 16)))).astype(np.float32)
+    x = (rng.normal(size=(2, 16, 64)) - add[:, :, None]).astype(np.float32)
+    y, _, _ = kernels.group_norm_silu_fwd(
+        in_layout(x, channels_last), channels_last, {"add": add}, 4, 1e-5, True, 1
+    )
+    truth = reference(x.astype(np.float64), {"add": add.astype(np.float64)}, 4, 1e-5, True)
+    within(in_layout(y, channels_last), truth, EPS["f32"], "y")
+
+
+def test_group_norm_first_mean_overflows(kernels):
+    """Around a first mean of 1e18 squares overflow; around the mean they do not."""
+    x = np.random.default_rng(0).normal(size=(1, 1, 65536)).astype(np.float32)
+    x[:, :, np.arange(65536) % 8192 < 32] = 1e18
+    y, _, _ = kernels.group_norm_silu_fwd(x, False, {}, 1, 1e-5, True, 1)
+    truth = reference(x.astype(np.float64), {}, 1, 1e-5, True)
+    assert np.abs(y - truth).max() < 1e-6 * np.abs(truth).max()  # 1 when the overflow stands
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
 def test_group_norm_near_overflow(kernels, channels_last):
     x = np.random.default_rng(0).uniform(-65000, 65000, size=(2, 12, 256)).astype(np.float16)
     y, _, _ = kernels.group_norm_silu_fwd(

@@ -121,9 +121,22 @@ class Forward {
     }
   }
 
+  // With `add`, a centre that every add - centre is exact for, as far as a float can tell: what
+  // rounding took from t, other in each channel, would be missing in the sums of d^2.
   void center(int64_t unit, Parameters& s) {
     const int64_t D = p_.C / p_.G;
-    for (int64_t g = 0; g < cut_.groups; ++g) s.center(g * D, (g + 1) * D, centers(unit)[g]);
+    for (int64_t g = 0; g < cut_.groups; ++g) {
+      double center = centers(unit)[g];
+      float largest = 0;
+      for (int64_t c = g * D; p_.add.data && c < (g + 1) * D; ++c) {
+        largest = std::fabs(s.add[c]) > largest ? std::fabs(s.add[c]) : largest;
+      }
+      if (largest > 0 && largest < INFINITY) {
+        const double step = std::ldexp(1.0, std::ilogb(largest) - 23);  // the largest one's ulp
+        center = std::nearbyint(center / step) * step;
+      }
+      s.center(g * D, (g + 1) * D, center);
+    }
   }
 
   void stats(int64_t unit, int64_t k, Parameters& s, double* out) {
@@ -164,7 +177,8 @@ class Forward {
       const double mean = (first + base * p_.S) / M, off = first / M;
       double variance = second / M - off * off;
       variance = variance < 0 ? 0 : variance;
-      centred &= !(off * off > variance);
+      centred &=
+          off * off <= variance && variance < INFINITY;  // an overflow may be the first mean's
       centers(unit)[g] = mean;
       mean_[unit * cut_.groups + g] = static_cast<float>(mean);
       rstd_[unit * cut_.groups + g] = static_cast<float>(1.0 / std::sqrt(variance + p_.eps));

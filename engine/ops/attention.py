@@ -1,6 +1,7 @@
 """Attention: validation, choice of back end, autograd."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def attention(
     Sources: Vaswani et al. 2017, eq. 1; Dao 2023 (FlashAttention-2), alg. 1 and 2.
     """
     _check_attention(q, k, v)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    scale = _scale(q, scale)
     if q.numel() == 0 or k.numel() == 0:
         impl = "eager"
     backend = dispatch.pick("attention", impl, q, k, v, scale)
@@ -56,7 +57,15 @@ class _Attention(torch.autograd.Function):
 
 def arguments(q, k, v, *, scale=None):
     _check_attention(q, k, v)
-    return q, k, v, 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    return q, k, v, _scale(q, scale)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(q.shape[-1])
+    if not isinstance(scale, (Real, torch.SymFloat)):
+        raise ValueError(f"attention: scale is {scale!r}, expected a number")
+    return float(scale)
 
 
 def _check_attention(q, k, v) -> None:

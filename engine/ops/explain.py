@@ -37,6 +37,8 @@ def explain(op: str, *args, **kwargs) -> None:
     call = ARGUMENTS[op](*args, **kwargs)
     print(dispatch.table(op, *call))
     copied = [t for t in call if isinstance(t, Tensor) and t.dim() > 2 and not is_dense(t)]
+    if op == "attention" and any(t.stride(-1) != 1 for t in call[:3]):
+        print("  note: q, k or v has a stride along D; triton copies it once")
     if op in ("group_norm_silu", "reverse_step", "forward_noise") and copied:
         print(
             f"  note: {len(copied)} tensor(s) neither contiguous nor channels_last (first: strides "

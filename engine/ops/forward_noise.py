@@ -143,8 +143,8 @@ def _check(x0, coeffs, t, key, step, noise, offset):
         raise ValueError(f"forward_noise: coeffs and t must be contiguous and on {x0.device}")
     if (key is None) == (noise is None):
         raise ValueError("forward_noise: give exactly one of key (a seed) and noise (a tensor)")
-    if not is_whole(offset) or offset < 0:
-        raise ValueError(f"forward_noise: offset is {offset!r}, expected offset >= 0")
+    if not is_whole(offset) or not 0 <= offset < 2**63:
+        raise ValueError(f"forward_noise: offset is {offset!r}, expected 0 <= offset < 2^63")
     if noise is not None:
         check_tensors("forward_noise", noise=noise)
         if noise.shape != x0.shape or noise.device != x0.device or not noise.is_floating_point():

@@ -42,7 +42,10 @@ def arguments(seed, step, stream, shape, *, device="cpu", dtype=torch.float32, o
         raise ValueError(f"noise: dtype is {dtype}, expected float32, bfloat16 or float16")
     for name, value in (("stream", stream), ("offset", offset)):
         if not is_whole(value) or not 0 <= value < (2**32 if name == "stream" else 2**63):
-            raise ValueError(f"noise: {name} is {value!r}, expected an integer, 0 or more")
+            most = "2^32 - 1" if name == "stream" else "2^63 - 1"
+            raise ValueError(f"noise: {name} is {value!r}, expected an integer, 0 … {most}")
+    if any(not is_whole(size) or size < 0 for size in shape):
+        raise ValueError(f"noise: shape is {tuple(shape)}, expected whole numbers, 0 or more")
     if not torch.compiler.is_compiling():
         device = usable_device(device)  # a sentence, in place of torch's own assertion
     out = torch.empty(shape, dtype=dtype, device=device)

@@ -82,5 +82,5 @@ def _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset) ->
         raise ValueError(
             f"reverse_step: clip is {clip!r}, expected clip > 0, or None for no clipping"
         )
-    if not is_whole(offset) or offset < 0:
-        raise ValueError(f"reverse_step: offset is {offset!r}, expected offset >= 0")
+    if not is_whole(offset) or not 0 <= offset < 2**63:
+        raise ValueError(f"reverse_step: offset is {offset!r}, expected 0 <= offset < 2^63")
