@@ -55,7 +55,7 @@ static void read_any(float* to, const void* data, DType dtype, bool channels_las
     read_run(to, static_cast<const f16*>(data) + skip, channels_last, p, begin, end);
   } else {
     read_run(to, static_cast<const uint8_t*>(data) + skip, channels_last, p, begin, end);
-    for (int64_t i = 0; i < end - begin; ++i) to[i] = to[i] / 127.5f - 1.0f;
+    for (int64_t i = 0; i < end - begin; ++i) to[i] = to[i] * (1 / 127.5f) - 1.0f;
   }
 }
 static void write_any(void* data, const float* from, DType dtype, bool channels_last,

@@ -112,6 +112,7 @@ void slab_grad(const T* x, const T* dy, T* dx, int64_t i0, int64_t i1, int64_t S
         prefetch2(x_ahead + i0);
         prefetch2(dy_ahead + i0);
       }
+      if constexpr (!std::is_same_v<T, float>) prefetch_store2(dx + i0 + 16 * W2);
       const Pair d = load2_tail(x + i0, n) + shift;
       const Pair dv = second_dv<T, kDv>(d, gain, bias, dy + i0, dvs ? dvs + i0 : nullptr, n);
       store2_tail(dx + i0, fma(slope, dv, fma(d, minus_r, minus_q)), n);
@@ -206,6 +207,7 @@ ENGINE_INLINE void columns_grad_block(const T* x, const T* dy, T* dx, int64_t ro
         prefetch2(x_ahead + i);
         prefetch2(dy_ahead + i);
       }
+      if constexpr (!std::is_same_v<T, float>) prefetch_store2(dx + i + 8 * C);
       const Pair d = load2_tail(x + i, n) + shift[k];
       const float* kept = dvs ? dvs + s * dv_row + k * W2 : nullptr;
       const Pair dv = second_dv<T, kDv>(d, gain[k], bias[k], dy + i, kept, n);

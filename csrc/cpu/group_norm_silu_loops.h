@@ -73,6 +73,7 @@ void slab_apply(const T* x, T* y, int64_t i0, int64_t i1, int64_t S, const float
     const int64_t end = (row + 1) * S < i1 ? (row + 1) * S : i1;
     for (; i0 + W2 <= end; i0 += W2) {
       if (ahead) prefetch2(ahead + i0);
+      prefetch_store2(y + i0 + 16 * W2);
       store2(y + i0, activate<T, kSilu>(fma(load2(x + i0) + shift, gain, bias)));
     }
     const int64_t n = end - i0;
@@ -158,6 +159,7 @@ ENGINE_INLINE void columns_apply_block(const T* x, T* y, int64_t rows, int64_t C
     for (int k = 0; k < K; ++k) {
       const int64_t i = s * C + k * W2;
       if (ahead) prefetch2(ahead + i);
+      prefetch_store2(y + i + 8 * C);
       const Pair v = fma(load2_tail(x + i, n) + shift[k], gain[k], bias[k]);
       store2_tail(y + i, activate<T, kSilu>(v), n);
     }
