@@ -19,10 +19,12 @@ HEADLINE = (
     "bench_reverse_step[64x1x28x28]",
     "bench_reverse_step[128x3x32x32]",
     "bench_noise[1M]",
+    "bench_forward_noise[32x1x28x28]",
+    "bench_forward_noise[128x3x32x32]",
 )
 NOTES = (
     "Medians; below 1 in a × column we lose. Each × comes from a pair timed in turns; `ours` is",
-    "from the turn with eager, not with compile. For reverse_step and noise,",
+    "from the turn with eager, not with compile. For reverse_step, noise and forward_noise,",
     "eager and compile draw with torch.randn. The allocator keeps freed blocks, for all contenders",
     "alike (benchmarks/conftest.py).",
 )

@@ -59,6 +59,8 @@ ENGINE_INLINE void noise_cos_sin(U w, F* cosine, F* sine) {
   *sine = as_float(as_bits(swap ? c : s) ^ flip_sin);
 }
 
+constexpr int kBlocks = 4;  // blocks: 47 us against 67 for 50,000 normals, one at a time
+
 // The key of every round, spread over lanes once per call.
 struct RoundKeys {
   U64 k0[10], k1[10], step, stream;
@@ -72,24 +74,27 @@ ENGINE_INLINE void round_keys(RoundKeys* keys, NoiseKey key) {
   keys->stream = U64{} + key.stream;
 }
 
-// out[2 W] <- the normals of quads quad ... quad + W / 2 - 1.
-ENGINE_INLINE void noise_block(float* out, uint64_t quad, const RoundKeys& keys) {
+// Words of a block of W / 2 quads, each in the low half of a 64-bit lane.
+struct Words {
+  U64 x0, x1, x2, x3;
+};
+ENGINE_INLINE Words first_words(uint64_t quad, const RoundKeys& keys) {
   static const uint64_t lanes[] = {0, 1, 2, 3, 4, 5, 6, 7};
   const U64 counter = read<U64>(lanes) + quad;
-  U64 x0 = counter, x1 = counter >> 32, x2 = keys.step, x3 = keys.stream;
-  ENGINE_UNROLL
-  for (int i = 0; i < 10; ++i) {
-    const U64 p0 = multiply_low(x0, U64{} + 0xD2511F53u);
-    const U64 p1 = multiply_low(x2, U64{} + 0xCD9E8D57u);
-    x0 = (p1 >> 32) ^ x1 ^ keys.k0[i];
-    x2 = (p0 >> 32) ^ x3 ^ keys.k1[i];
-    x1 = p1;
-    x3 = p0;
-  }
+  return {counter, counter >> 32, keys.step, keys.stream};
+}
+ENGINE_INLINE Words next_words(Words w, U64 k0, U64 k1) {
+  const U64 p0 = multiply_low(w.x0, U64{} + 0xD2511F53u);
+  const U64 p1 = multiply_low(w.x2, U64{} + 0xCD9E8D57u);
+  return {(p1 >> 32) ^ w.x1 ^ k0, p1, (p0 >> 32) ^ w.x3 ^ k1, p0};
+}
+
+// out[2 W] <- the normals of a block.
+ENGINE_INLINE void noise_values(float* out, Words w) {
   // Even 32-bit lanes: words 0 and 1 of a quad; odd lanes: its words 2 and 3.
-  const F r = noise_radius((U)((x0 & 0xFFFFFFFFu) | x2 << 32));
+  const F r = noise_radius((U)((w.x0 & 0xFFFFFFFFu) | w.x2 << 32));
   F c, s;
-  noise_cos_sin((U)((x1 & 0xFFFFFFFFu) | x3 << 32), &c, &s);
+  noise_cos_sin((U)((w.x1 & 0xFFFFFFFFu) | w.x3 << 32), &c, &s);
   const F even = r * c, odd = r * s;
 #if ENGINE_LEVEL == 2
   const __m512i lo = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -106,17 +111,37 @@ ENGINE_INLINE void noise_block(float* out, uint64_t quad, const RoundKeys& keys)
 #endif
 }
 
+// out[B * 2 W] <- the normals of B blocks, whose rounds alternate: each waits 7 cycles for the one
+// before, and the next block's instructions lie too far behind for the processor to see.
+template <int B>
+ENGINE_INLINE void noise_blocks(float* out, uint64_t quad, const RoundKeys& keys) {
+  Words w[B];
+  ENGINE_UNROLL
+  for (int b = 0; b < B; ++b) w[b] = first_words(quad + b * (W / 2), keys);
+  ENGINE_UNROLL
+  for (int i = 0; i < 10; ++i) {
+    ENGINE_UNROLL
+    for (int b = 0; b < B; ++b) w[b] = next_words(w[b], keys.k0[i], keys.k1[i]);
+  }
+  ENGINE_UNROLL
+  for (int b = 0; b < B; ++b) noise_values(out + b * W2, w[b]);
+}
+
 // out[n] <- normals number `first` ... first + n - 1.
 static void noise_floats(float* out, uint64_t first, int64_t n, NoiseKey key) {
   RoundKeys keys;
   round_keys(&keys, key);
   uint64_t quad = first / 4;
   for (int64_t at = -static_cast<int64_t>(first % 4); at < n; at += W2, quad += W / 2) {
-    if (at >= 0 && at + W2 <= n) {
-      noise_block(out + at, quad, keys);
+    if (at >= 0 && at + kBlocks * W2 <= n) {
+      noise_blocks<kBlocks>(out + at, quad, keys);
+      at += (kBlocks - 1) * W2;
+      quad += (kBlocks - 1) * (W / 2);
+    } else if (at >= 0 && at + W2 <= n) {
+      noise_blocks<1>(out + at, quad, keys);
     } else {
       float block[W2];
-      noise_block(block, quad, keys);
+      noise_blocks<1>(block, quad, keys);
       for (int64_t i = at < 0 ? -at : 0; i < W2 && at + i < n; ++i) out[at + i] = block[i];
     }
   }
