@@ -46,9 +46,19 @@ def _constant(function):
     return function
 
 
+_absences = {}  # (op, back end) → sentence: asked for at every call
+
+
 @_constant
 def absence(op: str, backend: str) -> str:
     """Why this back end is not there at all for this op; "" when it is."""
+    found = _absences.get((op, backend))
+    if found is None:
+        found = _absences[op, backend] = _absence(op, backend)
+    return found
+
+
+def _absence(op: str, backend: str) -> str:
     if backend == "native":
         if op == "attention":
             return "has no attention kernel yet; PyTorch's SDPA (eager) serves it"

@@ -59,11 +59,11 @@ def refusals(op: str, *args) -> list[str]:
         return [f"has no {op} kernel"]
     if _REASON is not None:
         return [_REASON]
-    device = args[0].device.type
-    if device == "cuda" and not has_cuda():
-        return ["was built without CUDA (no toolkit with nvcc was found then)"]
-    if device not in ("cpu", "cuda"):
-        return [f"needs a CPU or CUDA tensor, got {device}"]
+    if not args[0].is_cpu:
+        if not args[0].is_cuda:
+            return [f"needs a CPU or CUDA tensor, got {args[0].device.type}"]
+        if not has_cuda():
+            return ["was built without CUDA (no toolkit with nvcc was found then)"]
     for t in args:
         if isinstance(t, Tensor) and t.dtype not in DTYPES and t.is_floating_point():
             return [f"needs float32, bfloat16 or float16, got {t.dtype}"]

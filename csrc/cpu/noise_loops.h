@@ -7,10 +7,9 @@ void noise_range(void* data, int64_t n, uint64_t first, NoiseKey key) {
   if constexpr (std::is_same_v<T, float>) {
     noise_floats(out, first, n, key);
   } else {
-    constexpr int64_t kChunk = 1024;
-    float chunk[kChunk];
-    for (int64_t i0 = 0; i0 < n; i0 += kChunk) {
-      const int64_t count = n - i0 < kChunk ? n - i0 : kChunk;
+    float chunk[kNoiseRun];
+    for (int64_t i0 = 0; i0 < n; i0 += kNoiseRun) {
+      const int64_t count = n - i0 < kNoiseRun ? n - i0 : kNoiseRun;
       noise_floats(chunk, first + i0, count, key);
       int64_t i = 0;
       for (; i + W <= count; i += W) store(out + i0 + i, load(chunk + i));

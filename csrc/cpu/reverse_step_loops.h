@@ -41,10 +41,10 @@ void step_range(const ReverseStep& p, const Step& step, void* x_next, int64_t be
     step_values(x + begin, m + begin, static_cast<const T*>(p.noise) + begin, out + begin,
                 end - begin, step);
   } else {
-    float noise[kTile];
+    float noise[kNoiseRun];
     const NoiseKey key = step_key(p);
-    for (int64_t i = begin; i < end; i += kTile) {
-      const int64_t n = end - i < kTile ? end - i : kTile;
+    for (int64_t i = begin; i < end; i += kNoiseRun) {
+      const int64_t n = end - i < kNoiseRun ? end - i : kNoiseRun;
       noise_floats(noise, static_cast<uint64_t>(p.offset + i), n, key);
       step_values(x + i, m + i, noise, out + i, n, step);
     }

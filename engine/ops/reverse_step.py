@@ -57,14 +57,12 @@ def _reverse_step_args(x, model_out, coeffs, step, key, noise, clip, offset) -> 
 
 
 def _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset) -> None:
-    tensors = {"model_out": model_out} | ({} if noise is None else {"noise": noise})
-    check_tensors("reverse_step", x=x, coeffs=coeffs, **tensors)
-    for name, t in tensors.items():
-        if t.shape != x.shape or t.device != x.device or not t.is_floating_point():
-            raise ValueError(
-                f"reverse_step: {name} is {tuple(t.shape)} {t.dtype} on {t.device}, "
-                f"expected {tuple(x.shape)}, floating point, on {x.device} like x"
-            )
+    if not (isinstance(x, Tensor) and isinstance(model_out, Tensor) and isinstance(coeffs, Tensor)):
+        check_tensors("reverse_step", x=x, model_out=model_out, coeffs=coeffs)
+    _check_like("model_out", model_out, x)
+    if noise is not None:
+        check_tensors("reverse_step", noise=noise)
+        _check_like("noise", noise, x)
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(
             f"reverse_step: x is {tuple(x.shape)} {x.dtype}, expected (N, C, *S) float"
@@ -84,3 +82,11 @@ def _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset) ->
         )
     if not is_whole(offset) or not 0 <= offset < 2**63:
         raise ValueError(f"reverse_step: offset is {offset!r}, expected 0 <= offset < 2^63")
+
+
+def _check_like(name: str, t: Tensor, x: Tensor) -> None:
+    if t.shape != x.shape or t.device != x.device or not t.is_floating_point():
+        raise ValueError(
+            f"reverse_step: {name} is {tuple(t.shape)} {t.dtype} on {t.device}, "
+            f"expected {tuple(x.shape)}, floating point, on {x.device} like x"
+        )
