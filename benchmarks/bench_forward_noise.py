@@ -38,7 +38,9 @@ def bench_forward_noise(benchmark, shape):
 
     def ours():
         x_t = ops.forward_noise(x0, rows, t, key=key, step=step, impl="native")
-        loss = ops.forward_noise_loss(out, x0, rows, t, key=key, step=step, impl="native").mean()
+        loss = ops.forward_noise_loss(
+            out, x0, rows, t, key=key, step=step, reduction="mean", impl="native"
+        )
         return x_t, *torch.autograd.grad(loss, out)
 
     z = ops.noise(7, 3, ops.TRAINING_NOISE, shape)

@@ -131,9 +131,10 @@ constexpr int64_t kForwardNoiseChunk = 2048;
 inline int64_t forward_noise_chunks(const ForwardNoise& p) {
   return (p.C * p.S + kForwardNoiseChunk - 1) / kForwardNoiseChunk;
 }
-// workspace: (N, chunks) double.
+// workspace: (N, chunks) double. slope: null, or like model_out: r clipped to [-1, 1] for huber,
+// the sign of r for l1, r for l2, so that l' = slope, for l2 2 slope.
 void forward_noise_loss_fwd_cpu(const ForwardNoise& p, const ForwardNoiseLoss& l, double* workspace,
-                                float* loss, const ParallelFor& parallel_for);
+                                float* loss, void* slope, const ParallelFor& parallel_for);
 void forward_noise_loss_fwd_cuda(const ForwardNoise& p, const ForwardNoiseLoss& l,
                                  double* workspace, float* loss, void* stream);
 // dmodel_out = dloss[n] * weights[n] / M * l'(model_out - target), layout of model_out.

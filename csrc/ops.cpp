@@ -57,8 +57,8 @@ struct Cpu {
     engine::forward_noise_fwd_cpu(p, x_t, dtype, last, parallel_for());
   }
   void forward_noise_loss_fwd(const engine::ForwardNoise& p, const engine::ForwardNoiseLoss& l,
-                              double* workspace, float* loss) {
-    engine::forward_noise_loss_fwd_cpu(p, l, workspace, loss, parallel_for());
+                              double* workspace, float* loss, void* slope) {
+    engine::forward_noise_loss_fwd_cpu(p, l, workspace, loss, slope, parallel_for());
   }
   void forward_noise_loss_bwd(const engine::ForwardNoise& p, const engine::ForwardNoiseLoss& l,
                               const float* dloss, void* dmodel_out) {
@@ -114,7 +114,7 @@ struct Cuda {
     engine::forward_noise_fwd_cuda(p, x_t, dtype, last, stream);
   }
   void forward_noise_loss_fwd(const engine::ForwardNoise& p, const engine::ForwardNoiseLoss& l,
-                              double* workspace, float* loss) {
+                              double* workspace, float* loss, void*) {
     engine::forward_noise_loss_fwd_cuda(p, l, workspace, loss, stream);
   }
   void forward_noise_loss_bwd(const engine::ForwardNoise& p, const engine::ForwardNoiseLoss& l,
@@ -433,11 +433,12 @@ void forward_noise_fwd(Tensor x_t, const Tensor& x0, const Tensor& coeffs, const
   }
 }
 
+// slope: null, or allocated here like model_out.
 template <class Device>
-Tensor forward_noise_loss_fwd(const Tensor& model_out, const Tensor& x0, const Tensor& coeffs,
-                              const Tensor& t, const OptionalTensor& weights,
-                              const OptionalTensor& seed, const OptionalTensor& step,
-                              const OptionalTensor& noise, int64_t offset, int64_t loss) {
+Tensor loss_and_slope(const Tensor& model_out, const Tensor& x0, const Tensor& coeffs,
+                      const Tensor& t, const OptionalTensor& weights, const OptionalTensor& seed,
+                      const OptionalTensor& step, const OptionalTensor& noise, int64_t offset,
+                      int64_t loss, OptionalTensor* slope) {
   const auto p = forward_noise_params(x0, coeffs, t, seed, step, noise, offset);
   const auto l = forward_noise_loss_params(p, model_out, x0, weights, loss);
   STD_TORCH_CHECK(p.N * p.C * p.S > 0, "x0 must not be empty");
@@ -445,9 +446,32 @@ Tensor forward_noise_loss_fwd(const Tensor& model_out, const Tensor& x0, const T
   Tensor result = allocate_floats(x0, {p.N});
   const int64_t sizes[] = {p.N, engine::forward_noise_chunks(p)};
   Tensor workspace = allocate(x0, sizes, 2, ScalarType::Double);
-  device.forward_noise_loss_fwd(p, l, static_cast<double*>(workspace.data_ptr()), floats(result));
+  if (slope) *slope = allocate_like(model_out);
+  device.forward_noise_loss_fwd(p, l, static_cast<double*>(workspace.data_ptr()), floats(result),
+                                slope ? (*slope)->data_ptr() : nullptr);
   return result;
 }
+
+template <class Device>
+Tensor forward_noise_loss_fwd(const Tensor& model_out, const Tensor& x0, const Tensor& coeffs,
+                              const Tensor& t, const OptionalTensor& weights,
+                              const OptionalTensor& seed, const OptionalTensor& step,
+                              const OptionalTensor& noise, int64_t offset, int64_t loss) {
+  return loss_and_slope<Device>(model_out, x0, coeffs, t, weights, seed, step, noise, offset, loss,
+                                nullptr);
+}
+
+#ifndef ENGINE_EMULATE
+std::tuple<Tensor, Tensor> forward_noise_loss_slope_fwd(
+    const Tensor& model_out, const Tensor& x0, const Tensor& coeffs, const Tensor& t,
+    const OptionalTensor& weights, const OptionalTensor& seed, const OptionalTensor& step,
+    const OptionalTensor& noise, int64_t offset, int64_t loss) {
+  OptionalTensor slope;
+  Tensor result = loss_and_slope<Cpu>(model_out, x0, coeffs, t, weights, seed, step, noise, offset,
+                                      loss, &slope);
+  return {result, *slope};
+}
+#endif
 
 template <class Device>
 Tensor forward_noise_loss_bwd(const Tensor& dloss, const Tensor& model_out, const Tensor& x0,
@@ -516,6 +540,10 @@ STABLE_TORCH_LIBRARY(ENGINE_NS, m) {
       "forward_noise_loss_fwd(Tensor model_out, Tensor x0, Tensor coeffs, Tensor t, Tensor? "
       "weights, Tensor? seed, Tensor? step, Tensor? noise, int offset, int loss) -> Tensor");
   m.def(
+      "forward_noise_loss_slope_fwd(Tensor model_out, Tensor x0, Tensor coeffs, Tensor t, Tensor? "
+      "weights, Tensor? seed, Tensor? step, Tensor? noise, int offset, int loss) -> (Tensor loss, "
+      "Tensor slope)");
+  m.def(
       "forward_noise_loss_bwd(Tensor dloss, Tensor model_out, Tensor x0, Tensor coeffs, Tensor t, "
       "Tensor? weights, Tensor? seed, Tensor? step, Tensor? noise, int offset, int loss) -> "
       "Tensor");
@@ -525,7 +553,10 @@ STABLE_TORCH_LIBRARY(ENGINE_NS, m) {
 #ifdef ENGINE_EMULATE
 STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CPU, m) { register_ops<Cuda>(m); }
 #else
-STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CPU, m) { register_ops<Cpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CPU, m) {
+  register_ops<Cpu>(m);
+  m.impl("forward_noise_loss_slope_fwd", TORCH_BOX(&forward_noise_loss_slope_fwd));
+}
 #ifdef ENGINE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CUDA, m) { register_ops<Cuda>(m); }
 #endif

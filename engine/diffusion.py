@@ -125,7 +125,8 @@ class Diffusion:
             rows = self._rows_on(x0.device)
             draw = {"key": key, "step": step, "noise": noise}
             out = run(ops.forward_noise(x0, rows, t, **draw))
-            return ops.forward_noise_loss(out, x0, rows, t, loss=self.loss_type, **draw).mean()
+            loss = {"loss": self.loss_type, "reduction": "mean"}
+            return ops.forward_noise_loss(out, x0, rows, t, **loss, **draw)
         if noise is None:
             noise = torch.randn_like(x0)
         out = run(self.q_sample(x0, t, noise)).float()

@@ -14,9 +14,11 @@ OPS = (
     "reverse_step_fwd",
     "forward_noise_fwd",
     "forward_noise_loss_fwd",
+    "forward_noise_loss_slope_fwd",
     "forward_noise_loss_bwd",
     "noise_fwd",
 )
+CPU_OPS = ("forward_noise_loss_slope_fwd",)  # CUDA tensors have no kernel of it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BUILD = "pip install -e . --no-build-isolation"
 
@@ -156,6 +158,15 @@ def forward_noise_loss_fwd(
     loss: int,  # number in boundary.LOSSES
 ) -> Tensor:  # (N,) float32
     return torch.ops.engine.forward_noise_loss_fwd.default(
+        model_out, x0, coeffs, t, weights, seed, step, noise, offset, loss
+    )
+
+
+def forward_noise_loss_slope_fwd(
+    model_out, x0, coeffs, t, weights, seed, step, noise, offset, loss
+) -> tuple[Tensor, Tensor]:
+    """As forward_noise_loss_fwd, on the CPU, and the slope of ℓ like model_out: csrc/kernels.h."""
+    return torch.ops.engine.forward_noise_loss_slope_fwd.default(
         model_out, x0, coeffs, t, weights, seed, step, noise, offset, loss
     )
 

@@ -116,6 +116,43 @@ def test_loss(impl, shape, loss, weighted):
     check_loss(impl, x0, out, z, t, rows(), loss, weights)
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", ["l1", "l2", "huber"])
+def test_mean(impl, loss, dtype, weighted):
+    """reduction="mean" is the mean, with its gradient, a scaled loss included."""
+    x0, out, z, t = make((3, 2, 9, 7), out_dtype=dtype)
+    weights = torch.linspace(0.5, 2, len(t), device=DEVICE) if weighted else None
+    call = {"loss": loss, "weights": weights, "noise": z}
+
+    def run(impl):
+        leaf = out.detach().requires_grad_()
+        mean = ops.forward_noise_loss(leaf, x0, rows(), t, **call, reduction="mean", impl=impl)
+        return mean.detach(), *torch.autograd.grad(512 * mean, leaf)
+
+    leaf = out.double().requires_grad_()
+    _, target = reference.forward_noise(x0.double(), rows().double(), t, z.double())
+    heavy = None if weights is None else weights.double()
+    truth = reference.forward_noise_loss(leaf, target, loss, heavy).mean()
+    got, plain = run(impl), run("eager")
+    assert got[0].shape == () and got[1].dtype == dtype
+    assert_within_budget(got[0], truth.detach(), plain[0], factor=FORWARD, what="loss")
+    (slope,) = torch.autograd.grad(512 * truth, leaf)
+    assert_within_budget(got[1], slope, plain[1], factor=GRADIENT, what="dmodel_out")
+
+
+def test_no_second_derivative(impl, backend):
+    x0, out, z, t = make((2, 3, 4, 4))
+    out.requires_grad_()
+    losses = ops.forward_noise_loss(out, x0, rows(), t, noise=z, impl=impl)
+    if backend == "eager":
+        torch.autograd.grad(losses.sum(), out, create_graph=True)[0].sum().backward()
+        assert out.grad is not None
+    else:
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(losses.sum(), out, create_graph=True)
+
+
 @pytest.mark.parametrize("dtype", PICTURES, ids=str)
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 def test_dtypes(impl, out_dtype, dtype):
@@ -216,6 +253,7 @@ def test_bad_input(sentence):
     "sentence, changed",
     [
         ("loss is 'l3'", {"loss": "l3"}),
+        ("reduction is 'sum'", {"reduction": "sum"}),
         ("model_out is", {"model_out": torch.zeros(2, 3, 5)}),
         ("weights is", {"weights": torch.zeros(3)}),
     ],

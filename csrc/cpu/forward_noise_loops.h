@@ -55,7 +55,9 @@ static void read_any(float* to, const void* data, DType dtype, bool channels_las
     read_run(to, static_cast<const f16*>(data) + skip, channels_last, p, begin, end);
   } else {
     read_run(to, static_cast<const uint8_t*>(data) + skip, channels_last, p, begin, end);
-    for (int64_t i = 0; i < end - begin; ++i) to[i] = to[i] * (1 / 127.5f) - 1.0f;
+    for (int64_t i = 0; i < end - begin; i += W) {
+      store(to + i, load(to + i) * (1 / 127.5f) - 1.0f);
+    }
   }
 }
 static void write_any(void* data, const float* from, DType dtype, bool channels_last,
@@ -110,8 +112,15 @@ static void residuals(float* to, const ForwardNoise& p, const ForwardNoiseLoss& 
   }
 }
 
+// What kernels.h calls the slope of l at r.
+ENGINE_INLINE F slope_of(F r, Loss loss) {
+  if (loss == Loss::l1) return r > 0.0f ? set1(1) : r < 0.0f ? set1(-1) : r;
+  if (loss == Loss::huber) return r > 1.0f ? set1(1) : r < -1.0f ? set1(-1) : r;
+  return r;
+}
+
 static double forward_noise_loss(const ForwardNoise& p, const ForwardNoiseLoss& l, int64_t n,
-                                 int64_t begin, int64_t end) {
+                                 int64_t begin, int64_t end, void* slope) {
   float r[kRoom];
   const int64_t count = end - begin;
   residuals(r, p, l, n, begin, end);
@@ -126,7 +135,9 @@ static double forward_noise_loss(const ForwardNoise& p, const ForwardNoiseLoss& 
     } else {
       sums = sums + (size < 1.0f ? 0.5f * v * v : size - 0.5f);
     }
+    store(r + i, slope_of(v, l.loss));
   }
+  if (slope) write_any(slope, r, l.dtype, l.channels_last, p, n, begin, end);
   return sum(sums);
 }
 
@@ -135,15 +146,7 @@ static void forward_noise_grad(const ForwardNoise& p, const ForwardNoiseLoss& l,
   float r[kRoom];
   residuals(r, p, l, n, begin, end);
   for (int64_t i = 0; i < end - begin; i += W) {
-    F v = load(r + i);
-    if (l.loss == Loss::l2) {
-      v = v + v;
-    } else if (l.loss == Loss::l1) {
-      v = v > 0.0f ? set1(1) : v < 0.0f ? set1(-1) : v;
-    } else {
-      v = v > 1.0f ? set1(1) : v < -1.0f ? set1(-1) : v;
-    }
-    store(r + i, scale * v);
+    store(r + i, scale * slope_of(load(r + i), l.loss));
   }
   write_any(dmodel_out, r, l.dtype, l.channels_last, p, n, begin, end);
 }

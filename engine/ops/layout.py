@@ -68,6 +68,10 @@ def refuse_double_backward(op: str, backend: str, saved: tuple) -> None:
     once_differentiable does not help: it complains only when the cotangent requires a gradient.
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in saved):
-        raise RuntimeError(
-            f"{op}: {backend} has no second derivative (create_graph=True): use impl='eager'"
-        )
+        raise second_derivative(op, backend)
+
+
+def second_derivative(op: str, backend: str) -> RuntimeError:
+    return RuntimeError(
+        f"{op}: {backend} has no second derivative (create_graph=True): use impl='eager'"
+    )
