@@ -35,9 +35,6 @@ using OptionalTensor = std::optional<Tensor>;
 struct Cpu {
   explicit Cpu(const Tensor&) {}
 
-  static void check_no_pair(const engine::GroupNormSilu& p) {
-    STD_TORCH_CHECK(p.x2 == nullptr, "the CPU kernels read no pair (x, x2) yet");
-  }
   static void run(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
     torch::stable::parallel_for(0, n, grain, body);
   }
@@ -46,13 +43,11 @@ struct Cpu {
     return pool;
   }
   void group_norm_silu_fwd(const engine::GroupNormSilu& p, void* y, float* mean, float* rstd) {
-    check_no_pair(p);
     engine::group_norm_silu_fwd_cpu(p, y, mean, rstd, parallel_for());
   }
   void group_norm_silu_bwd(const engine::GroupNormSilu& p, const void* dy, bool dy_channels_last,
                            const float* mean, const float* rstd, float* workspace,
                            const engine::GroupNormSiluGrads& grads) {
-    check_no_pair(p);
     engine::group_norm_silu_bwd_cpu(p, dy, dy_channels_last, mean, rstd, workspace, grads,
                                     parallel_for());
   }

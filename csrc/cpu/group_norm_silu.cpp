@@ -100,19 +100,25 @@ class Forward {
     on_pieces([&](int64_t unit, int64_t k, Parameters& s) { apply(unit, k, s, false); });
   }
 
-  const char* slab(const char* unit, int64_t g) const {
-    return unit + g * (p_.C / p_.G) * p_.S * cut_.size;
-  }
+  Halves x_of(int64_t unit) const { return cut_.halves(p_.x, p_.x2, unit); }
   double* centers(int64_t unit) { return centers_.get() + unit * cut_.groups; }
 
   // The first means, to centre by.
   void pilot(int64_t unit, const Parameters& s) {
-    const char* x = cut_.unit_of(p_.x, unit);
-    const int64_t D = p_.C / p_.G;
+    const Halves x = x_of(unit);
+    const int64_t D = p_.C / p_.G, length = D * p_.S;
     const int64_t rows = p_.S < kPilotRows ? p_.S : kPilotRows;
-    if (p_.channels_last) loops_.columns_pilot(x, rows, p_.S / rows * p_.C, p_.C, s.t);
+    for (const Half& h : x) {
+      if (!p_.channels_last) break;
+      loops_.columns_pilot(h.data, rows, p_.S / rows * h.width(), h.width(), s.t + h.c0);
+    }
     for (int64_t g = 0; g < cut_.groups; ++g) {
-      double total = p_.channels_last ? 0 : D * loops_.slab_pilot(slab(x, g), D * p_.S), added = 0;
+      double total = 0, added = 0;
+      if (!p_.channels_last) {
+        cut_.on_halves(x, g * length, (g + 1) * length, [&](const Half& h, int64_t i0, int64_t i1) {
+          total += (i1 - i0) * loops_.slab_pilot(h.data + i0 * cut_.size, i1 - i0) / p_.S;
+        });
+      }
       for (int64_t c = g * D; c < (g + 1) * D; ++c) {
         if (p_.channels_last) total += s.t[c] / rows;
         added += s.add[c];
@@ -140,20 +146,27 @@ class Forward {
   }
 
   void stats(int64_t unit, int64_t k, Parameters& s, double* out) {
-    const char* x = cut_.unit_of(p_.x, unit);
+    const Halves x = x_of(unit);
     const int64_t begin = cut_.begin(k), end = cut_.end(k);
     center(unit, s);
+    for (int64_t i = 0; i < width_; ++i) out[i] = 0;
     if (p_.channels_last) {
-      for (int64_t i = 0; i < 2 * p_.C; ++i) out[i] = 0;
-      loops_.columns_stats(x + cut_.row_bytes(begin), end - begin, p_.C, s.t, out);
+      for (const Half& h : x) {
+        loops_.columns_stats(h.data + begin * h.width() * cut_.size, end - begin, h.width(),
+                             s.t + h.c0, out + h.c0, p_.C);
+      }
       return;
     }
     const int64_t D = p_.C / p_.G, length = D * p_.S;
     for (int64_t g = 0; g < cut_.groups; ++g) {
       const bool pieces = cut_.pieces > 1;  // then the unit is one slab
-      // Without `add` all rows have the same parameter: one long row.
-      loops_.slab_stats(slab(x, g), pieces ? begin : 0, pieces ? end : length,
-                        p_.add.data ? p_.S : length, s.t + g * D, out + 2 * g);
+      cut_.on_halves(x, pieces ? begin : g * length, pieces ? end : (g + 1) * length,
+                     [&](const Half& h, int64_t i0, int64_t i1) {
+                       // Without `add` all rows have the same parameter: one long row.
+                       const int64_t skip = g * length;
+                       loops_.slab_stats(h.data + skip * cut_.size, i0 - skip, i1 - skip,
+                                         p_.add.data ? p_.S : length, s.t + g * D, out + 2 * g);
+                     });
     }
   }
 
@@ -193,15 +206,19 @@ class Forward {
       const float rstd = rstd_[unit * cut_.groups + g];
       s.affine(g * D, (g + 1) * D, centers(unit)[g], rstd, silu_scale);
     }
-    const char* x = cut_.unit_of(p_.x, unit);
     char* y = cut_.unit_of(y_, unit);
-    const char* ahead = more ? cut_.unit_of(p_.x, unit + 1) : nullptr;
     const int64_t begin = cut_.begin(k), end = cut_.end(k);
+    const char* ahead = more && p_.x2 == nullptr ? cut_.unit_of(p_.x, unit + 1) : nullptr;
     if (p_.channels_last) {
-      const int64_t skip = cut_.row_bytes(begin);
-      loops_.columns_apply(x + skip, y + skip, end - begin, p_.C, s.t, s.a, s.b, p_.silu, ahead);
+      for (const Half& h : x_of(unit)) {
+        loops_.columns_apply(h.data + begin * h.width() * cut_.size,
+                             y + cut_.row_bytes(begin) + h.c0 * cut_.size, end - begin, h.width(),
+                             p_.C, s.t + h.c0, s.a + h.c0, s.b + h.c0, p_.silu, ahead);
+      }
     } else {
-      loops_.slab_apply(x, y, begin, end, p_.S, s.t, s.a, s.b, p_.silu, ahead);
+      cut_.on_halves(x_of(unit), begin, end, [&](const Half& h, int64_t i0, int64_t i1) {
+        loops_.slab_apply(h.data, y, i0, i1, p_.S, s.t, s.a, s.b, p_.silu, ahead);
+      });
     }
   }
 

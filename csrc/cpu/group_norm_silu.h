@@ -5,7 +5,7 @@
 // Contiguous ("slab"): x is one group's slab of rows of S elements, each row a channel; [i0, i1) is
 // a range of the slab and the parameters are per row.
 // Channels last ("columns"): x is `rows` rows of C elements and the parameters are per element of a
-// row.
+// row. Rows of y and dy lie y_row elements apart: C, or more where x is half of a pair.
 // `ahead`: x (and dy) of what the caller will read next, fetched on the way; null for none.
 #pragma once
 
@@ -24,17 +24,19 @@ struct GroupNormLoops {
   // A first mean, of a few vectors spread over the slab: good enough to centre by, if the caller
   // looks at how well it did.
   double (*slab_pilot)(const void* x, int64_t length);
-  // out[2] <- sums of d and d^2
+  // out[2] += sums of d and d^2
   void (*slab_stats)(const void* x, int64_t i0, int64_t i1, int64_t S, const float* t, double* out);
   void (*slab_apply)(const void* x, void* y, int64_t i0, int64_t i1, int64_t S, const float* t,
                      const float* a, const float* b, bool silu, const void* ahead);
 
   // out[c] <- sums over the few rows k * stride (in elements)
   void (*columns_pilot)(const void* x, int64_t rows, int64_t stride, int64_t C, float* out);
-  // out[c], out[C + c] += sums of d and d^2
-  void (*columns_stats)(const void* x, int64_t rows, int64_t C, const float* t, double* out);
-  void (*columns_apply)(const void* x, void* y, int64_t rows, int64_t C, const float* t,
-                        const float* a, const float* b, bool silu, const void* ahead);
+  // out[c], out[out_row + c] += sums of d and d^2
+  void (*columns_stats)(const void* x, int64_t rows, int64_t C, const float* t, double* out,
+                        int64_t out_row);
+  void (*columns_apply)(const void* x, void* y, int64_t rows, int64_t C, int64_t y_row,
+                        const float* t, const float* a, const float* b, bool silu,
+                        const void* ahead);
 };
 
 // dv, the gradient of v, costs a sigmoid, so the first pass may leave it in `dv` for the second:
@@ -55,14 +57,14 @@ struct GroupNormGradLoops {
                      const float* r, bool silu, const float* dv, int64_t dv_row,
                      const void* x_ahead, const void* dy_ahead);
 
-  // out[k * C + c] += sums of (dv, dv * d, d)
-  void (*columns_sums)(const void* x, const void* dy, int64_t rows, int64_t C, const float* t,
-                       const float* a, const float* b, bool silu, double* out, float* dv,
-                       int64_t dv_row);
+  // out[k * y_row + c] += sums of (dv, dv * d, d)
+  void (*columns_sums)(const void* x, const void* dy, int64_t rows, int64_t C, int64_t y_row,
+                       const float* t, const float* a, const float* b, bool silu, double* out,
+                       float* dv, int64_t dv_row);
   void (*columns_apply)(const void* x, const void* dy, void* dx, int64_t rows, int64_t C,
-                        const float* t, const float* a, const float* b, const float* p,
-                        const float* q, const float* r, bool silu, const float* dv, int64_t dv_row,
-                        const void* x_ahead, const void* dy_ahead);
+                        int64_t y_row, const float* t, const float* a, const float* b,
+                        const float* p, const float* q, const float* r, bool silu, const float* dv,
+                        int64_t dv_row, const void* x_ahead, const void* dy_ahead);
 };
 
 }  // namespace engine

@@ -41,7 +41,9 @@ class Backward {
         grads_(grads),
         group_sums_(new double[2 * p.N * p.G]),
         width_(3 * cut_.channels),
-        row_(p.channels_last ? p.C : p.S),
+        kept_row_(!p.channels_last ? padded(p.S)
+                  : p.x2           ? padded(p.C - p.C2) + padded(p.C2)
+                                   : padded(p.C)),
         single_(p.C == p.G && p.S == 1) {}
 
   void run(const ParallelFor& parallel_for) {
@@ -58,36 +60,45 @@ class Backward {
     float* dv;
     int64_t row;
   };
+  int64_t padded(int64_t row) const { return (row + loops_.pair - 1) / loops_.pair * loops_.pair; }
+
+  // float32 keeps dv in dx, 16-bit types in a buffer: rows of whole Pairs, each half's apart.
+  Kept kept(const Half& x, const Half& dx, int64_t first_row, float* buffer) const {
+    if (!p_.silu) return {nullptr, 0};
+    if (p_.dtype == DType::f32) {
+      float* dv = reinterpret_cast<float*>(dx.data);
+      return p_.channels_last ? Kept{dv + first_row * dx.width(), dx.width()} : Kept{dv, p_.S};
+    }
+    if (!buffer) return {nullptr, 0};
+    if (!p_.channels_last) return {buffer, padded(p_.S)};
+    return {buffer + (x.c0 ? padded(x.c0) : 0), kept_row_};
+  }
 
   void run_whole(const ParallelFor& parallel_for) {
-    const int64_t padded = (row_ + loops_.pair - 1) / loops_.pair * loops_.pair;
-    const bool fits = cut_.elements() / row_ * padded <= kKept;
+    const int64_t rows = p_.channels_last ? p_.S : cut_.channels;
+    const bool fits = rows * kept_row_ <= kKept;
     parallel_for(cut_.units, grain_of(cut_.elements()), [&](int64_t begin, int64_t end) {
       Parameters parameters(cut_, loops_.to_float);
       std::unique_ptr<double[]> sums(new double[width_]);
-      Kept kept{p_.silu && fits && p_.dtype != DType::f32 ? kept_buffer() : nullptr, padded};
+      float* buffer = fits && p_.dtype != DType::f32 ? kept_buffer() : nullptr;
       for (int64_t unit = begin; unit < end; ++unit) {
-        if (p_.dtype == DType::f32) kept = in_dx(unit, 0);
         affine(unit, parameters);
-        sum(unit, 0, parameters, sums.get(), kept);
+        sum(unit, 0, parameters, sums.get(), buffer);
         combine(unit, sums.get(), parameters);
-        apply(unit, 0, parameters, unit + 1 < end, kept);
+        apply(unit, 0, parameters, unit + 1 < end, buffer);
       }
     });
   }
 
   void run_pieces(const ParallelFor& parallel_for) {
     const int64_t pieces = cut_.pieces, items = cut_.units * pieces;
-    const auto kept = [&](int64_t unit, int64_t k) {
-      return p_.dtype == DType::f32 ? in_dx(unit, k) : Kept{nullptr, 0};
-    };
     std::unique_ptr<double[]> sums(new double[items * width_]);
     parallel_for(items, 1, [&](int64_t begin, int64_t end) {
       Parameters parameters(cut_, loops_.to_float);
       for (int64_t item = begin; item < end; ++item) {
         const int64_t unit = item / pieces, k = item % pieces;
         affine(unit, parameters);
-        sum(unit, k, parameters, sums.get() + item * width_, kept(unit, k));
+        sum(unit, k, parameters, sums.get() + item * width_, nullptr);
       }
     });
     parallel_for(cut_.units, grain_of(pieces * width_), [&](int64_t begin, int64_t end) {
@@ -102,14 +113,9 @@ class Backward {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t unit = item / pieces, k = item % pieces;
         affine(unit, parameters);
-        apply(unit, k, parameters, false, kept(unit, k));
+        apply(unit, k, parameters, false, nullptr);
       }
     });
-  }
-
-  Kept in_dx(int64_t unit, int64_t k) const {
-    float* dx = reinterpret_cast<float*>(cut_.unit_of(grads_.dx, unit));
-    return {p_.channels_last ? dx + cut_.begin(k) * p_.C : dx, row_};
   }
 
   void affine(int64_t unit, Parameters& s) {
@@ -124,16 +130,24 @@ class Backward {
     }
   }
 
-  void sum(int64_t unit, int64_t k, const Parameters& s, double* out, Kept kept) {
-    const char *x = cut_.unit_of(p_.x, unit), *dy = cut_.unit_of(dy_, unit);
-    const int64_t begin = cut_.begin(k), end = cut_.end(k), skip = cut_.row_bytes(begin);
+  void sum(int64_t unit, int64_t k, const Parameters& s, double* out, float* buffer) {
+    const Halves xs = cut_.halves(p_.x, p_.x2, unit),
+                 dxs = cut_.halves(grads_.dx, grads_.dx2, unit);
+    const char* dy = cut_.unit_of(dy_, unit);
+    const int64_t begin = cut_.begin(k), end = cut_.end(k), size = cut_.size;
     for (int64_t i = 0; i < width_; ++i) out[i] = 0;
-    if (p_.channels_last) {
-      loops_.columns_sums(x + skip, dy + skip, end - begin, p_.C, s.t, s.a, s.b, p_.silu, out,
-                          kept.dv, kept.row);
-    } else {
-      loops_.slab_sums(x, dy, begin, end, p_.S, s.t, s.a, s.b, p_.silu, out, kept.dv, kept.row);
+    for (int64_t h = 0; h < xs.count && p_.channels_last; ++h) {
+      const Half &x = xs.both[h], &dx = dxs.both[h];
+      const Kept dv = kept(x, dx, begin, buffer);
+      loops_.columns_sums(x.data + begin * x.width() * size,
+                          dy + cut_.row_bytes(begin) + x.c0 * size, end - begin, x.width(), p_.C,
+                          s.t + x.c0, s.a + x.c0, s.b + x.c0, p_.silu, out + x.c0, dv.dv, dv.row);
     }
+    if (p_.channels_last) return;
+    cut_.on_halves(xs, begin, end, [&](const Half& x, int64_t i0, int64_t i1) {
+      const Kept dv = kept(x, dxs.both[&x - xs.both], 0, buffer);
+      loops_.slab_sums(x.data, dy, i0, i1, p_.S, s.t, s.a, s.b, p_.silu, out, dv.dv, dv.row);
+    });
   }
 
   // A, B, X of the unit's channels, the group sums, and the gradients of the (N, C) operands.
@@ -174,7 +188,7 @@ class Backward {
     }
   }
 
-  void apply(int64_t unit, int64_t k, Parameters& s, bool more, Kept kept) {
+  void apply(int64_t unit, int64_t k, Parameters& s, bool more, float* buffer) {
     const int64_t D = p_.C / p_.G;
     for (int64_t g = 0; g < cut_.groups; ++g) {
       const int64_t group = unit * cut_.groups + g;
@@ -188,18 +202,28 @@ class Backward {
         if (single_) s.p[c] = s.q[c] = s.r[c] = 0;
       }
     }
-    const char *x = cut_.unit_of(p_.x, unit), *dy = cut_.unit_of(dy_, unit);
+    const Halves xs = cut_.halves(p_.x, p_.x2, unit),
+                 dxs = cut_.halves(grads_.dx, grads_.dx2, unit);
+    const char* dy = cut_.unit_of(dy_, unit);
+    more = more && p_.x2 == nullptr;
     const char* x_ahead = more ? cut_.unit_of(p_.x, unit + 1) : nullptr;
     const char* dy_ahead = more ? cut_.unit_of(dy_, unit + 1) : nullptr;
-    char* dx = cut_.unit_of(grads_.dx, unit);
-    const int64_t begin = cut_.begin(k), end = cut_.end(k), skip = cut_.row_bytes(begin);
-    if (p_.channels_last) {
-      loops_.columns_apply(x + skip, dy + skip, dx + skip, end - begin, p_.C, s.t, s.a, s.b, s.p,
-                           s.q, s.r, p_.silu, kept.dv, kept.row, x_ahead, dy_ahead);
-    } else {
-      loops_.slab_apply(x, dy, dx, begin, end, p_.S, s.t, s.a, s.b, s.p, s.q, s.r, p_.silu, kept.dv,
-                        kept.row, x_ahead, dy_ahead);
+    const int64_t begin = cut_.begin(k), end = cut_.end(k), size = cut_.size;
+    for (int64_t h = 0; h < xs.count && p_.channels_last; ++h) {
+      const Half &x = xs.both[h], &dx = dxs.both[h];
+      const Kept dv = kept(x, dx, begin, buffer);
+      const int64_t c = x.c0, skip = begin * x.width() * size;
+      loops_.columns_apply(x.data + skip, dy + cut_.row_bytes(begin) + c * size, dx.data + skip,
+                           end - begin, x.width(), p_.C, s.t + c, s.a + c, s.b + c, s.p + c,
+                           s.q + c, s.r + c, p_.silu, dv.dv, dv.row, x_ahead, dy_ahead);
     }
+    if (p_.channels_last) return;
+    cut_.on_halves(xs, begin, end, [&](const Half& x, int64_t i0, int64_t i1) {
+      const Half& dx = dxs.both[&x - xs.both];
+      const Kept dv = kept(x, dx, 0, buffer);
+      loops_.slab_apply(x.data, dy, dx.data, i0, i1, p_.S, s.t, s.a, s.b, s.p, s.q, s.r, p_.silu,
+                        dv.dv, dv.row, x_ahead, dy_ahead);
+    });
   }
 
   // dweight = sum_n (1 + scale) * B, dbias = sum_n (1 + scale) * A
@@ -234,7 +258,7 @@ class Backward {
   const GroupNormSiluGrads& grads_;
   std::unique_ptr<double[]> group_sums_;  // (N, G, 2): S1 / M, S2 / M
   int64_t width_;                         // doubles of sums per piece
-  int64_t row_;                           // elements of a row
+  int64_t kept_row_;                      // floats of a row of kept dv
   bool single_;  // groups of one element: xhat and dx are 0, exactly, though rstd is large
 };
 

@@ -141,9 +141,10 @@ constexpr int kGradBlock = 1;
 #endif
 
 template <class T, bool kSilu, int K>
-ENGINE_INLINE void columns_sums_block(const T* x, const T* dy, int64_t rows, int64_t C, int64_t n,
-                                      const float* t, const float* a, const float* b, double* out0,
-                                      double* out1, double* out2, float* dvs, int64_t dv_row) {
+ENGINE_INLINE void columns_sums_block(const T* x, const T* dy, int64_t rows, int64_t C,
+                                      int64_t y_row, int64_t n, const float* t, const float* a,
+                                      const float* b, double* out0, double* out1, double* out2,
+                                      float* dvs, int64_t dv_row) {
   Pair shift[K], gain[K], bias[K], sum0[K] = {}, sum1[K] = {}, sum2[K] = {};
   parameters<T, K>(shift, t, n);
   parameters<T, K>(gain, a, n);
@@ -155,7 +156,8 @@ ENGINE_INLINE void columns_sums_block(const T* x, const T* dy, int64_t rows, int
       for (int k = 0; k < K; ++k) {
         const int64_t i = s * C + k * W2;
         const Pair d = load2_tail(x + i, n) + shift[k];
-        const Pair dv = gradient<T, kSilu>(fma(d, gain[k], bias[k]), load2_tail(dy + i, n));
+        const Pair dv =
+            gradient<T, kSilu>(fma(d, gain[k], bias[k]), load2_tail(dy + s * y_row + k * W2, n));
         if (kSilu && dvs) keep_dv<T>(dvs + s * dv_row + k * W2, dv, n);
         sum0[k] = sum0[k] + dv;
         sum1[k] = fma(dv, d, sum1[k]);
@@ -168,28 +170,30 @@ ENGINE_INLINE void columns_sums_block(const T* x, const T* dy, int64_t rows, int
   }
 }
 template <class T, bool kSilu>
-void columns_sums(const T* x, const T* dy, int64_t rows, int64_t C, const float* t, const float* a,
-                  const float* b, double* out, float* dv, int64_t dv_row) {
-#define ENGINE_CALL(K, c, n)                                                               \
-  columns_sums_block<T, kSilu, K>(x + c, dy + c, rows, C, n, t + c, a + c, b + c, out + c, \
-                                  out + C + c, out + 2 * C + c, dv ? dv + c : nullptr, dv_row)
+void columns_sums(const T* x, const T* dy, int64_t rows, int64_t C, int64_t y_row, const float* t,
+                  const float* a, const float* b, double* out, float* dv, int64_t dv_row) {
+#define ENGINE_CALL(K, c, n)                                                                      \
+  columns_sums_block<T, kSilu, K>(x + c, dy + c, rows, C, y_row, n, t + c, a + c, b + c, out + c, \
+                                  out + y_row + c, out + 2 * y_row + c, dv ? dv + c : nullptr,    \
+                                  dv_row)
   ENGINE_COLUMNS(C, kGradBlock, ENGINE_CALL)
 #undef ENGINE_CALL
 }
 template <class T>
-void columns_sums(const void* x, const void* dy, int64_t rows, int64_t C, const float* t,
-                  const float* a, const float* b, bool silu, double* out, float* dv,
+void columns_sums(const void* x, const void* dy, int64_t rows, int64_t C, int64_t y_row,
+                  const float* t, const float* a, const float* b, bool silu, double* out, float* dv,
                   int64_t dv_row) {
   const auto run = silu ? columns_sums<T, true> : columns_sums<T, false>;
-  run(static_cast<const T*>(x), static_cast<const T*>(dy), rows, C, t, a, b, out, dv, dv_row);
+  run(static_cast<const T*>(x), static_cast<const T*>(dy), rows, C, y_row, t, a, b, out, dv,
+      dv_row);
 }
 
 template <class T, Dv kDv, int K>
 ENGINE_INLINE void columns_grad_block(const T* x, const T* dy, T* dx, int64_t rows, int64_t C,
-                                      int64_t n, const float* t, const float* a, const float* b,
-                                      const float* p, const float* q, const float* r,
-                                      const float* dvs, int64_t dv_row, const T* x_ahead,
-                                      const T* dy_ahead) {
+                                      int64_t y_row, int64_t n, const float* t, const float* a,
+                                      const float* b, const float* p, const float* q,
+                                      const float* r, const float* dvs, int64_t dv_row,
+                                      const T* x_ahead, const T* dy_ahead) {
   Pair shift[K], gain[K], bias[K], slope[K], minus_q[K], minus_r[K];
   parameters<T, K>(shift, t, n);
   parameters<T, K>(gain, a, n);
@@ -210,33 +214,34 @@ ENGINE_INLINE void columns_grad_block(const T* x, const T* dy, T* dx, int64_t ro
       if constexpr (!std::is_same_v<T, float>) prefetch_store2(dx + i + 8 * C);
       const Pair d = load2_tail(x + i, n) + shift[k];
       const float* kept = dvs ? dvs + s * dv_row + k * W2 : nullptr;
-      const Pair dv = second_dv<T, kDv>(d, gain[k], bias[k], dy + i, kept, n);
+      const Pair dv = second_dv<T, kDv>(d, gain[k], bias[k], dy + s * y_row + k * W2, kept, n);
       store2_tail(dx + i, fma(slope[k], dv, fma(d, minus_r[k], minus_q[k])), n);
     }
   }
 }
 template <class T, Dv kDv>
-void columns_grad(const T* x, const T* dy, T* dx, int64_t rows, int64_t C, const float* t,
-                  const float* a, const float* b, const float* p, const float* q, const float* r,
-                  const float* dv, int64_t dv_row, const T* x_ahead, const T* dy_ahead) {
+void columns_grad(const T* x, const T* dy, T* dx, int64_t rows, int64_t C, int64_t y_row,
+                  const float* t, const float* a, const float* b, const float* p, const float* q,
+                  const float* r, const float* dv, int64_t dv_row, const T* x_ahead,
+                  const T* dy_ahead) {
 #define ENGINE_CALL(K, c, n)                                                                   \
-  columns_grad_block<T, kDv, K>(x + c, dy + c, dx + c, rows, C, n, t + c, a + c, b + c, p + c, \
-                                q + c, r + c, dv ? dv + c : nullptr, dv_row,                   \
+  columns_grad_block<T, kDv, K>(x + c, dy + c, dx + c, rows, C, y_row, n, t + c, a + c, b + c, \
+                                p + c, q + c, r + c, dv ? dv + c : nullptr, dv_row,            \
                                 x_ahead ? x_ahead + c : nullptr,                               \
                                 dy_ahead ? dy_ahead + c : nullptr)
   ENGINE_COLUMNS(C, kGradBlock, ENGINE_CALL)
 #undef ENGINE_CALL
 }
 template <class T>
-void columns_grad(const void* x, const void* dy, void* dx, int64_t rows, int64_t C, const float* t,
-                  const float* a, const float* b, const float* p, const float* q, const float* r,
-                  bool silu, const float* dv, int64_t dv_row, const void* x_ahead,
+void columns_grad(const void* x, const void* dy, void* dx, int64_t rows, int64_t C, int64_t y_row,
+                  const float* t, const float* a, const float* b, const float* p, const float* q,
+                  const float* r, bool silu, const float* dv, int64_t dv_row, const void* x_ahead,
                   const void* dy_ahead) {
   const auto run = !silu ? columns_grad<T, Dv::kIdentity>
                    : dv  ? columns_grad<T, Dv::kStored>
                          : columns_grad<T, Dv::kSilu>;
-  run(static_cast<const T*>(x), static_cast<const T*>(dy), static_cast<T*>(dx), rows, C, t, a, b, p,
-      q, r, dv, dv_row, static_cast<const T*>(x_ahead), static_cast<const T*>(dy_ahead));
+  run(static_cast<const T*>(x), static_cast<const T*>(dy), static_cast<T*>(dx), rows, C, y_row, t,
+      a, b, p, q, r, dv, dv_row, static_cast<const T*>(x_ahead), static_cast<const T*>(dy_ahead));
 }
 
 template <class T>

@@ -61,8 +61,8 @@ void slab_stats(const void* data, int64_t i0, int64_t i1, int64_t S, const float
       }
     }
   }
-  out[0] = total1 + total(s1 + r1);
-  out[1] = total2 + total(s2 + r2);
+  out[0] += total1 + total(s1 + r1);
+  out[1] += total2 + total(s2 + r2);
 }
 
 template <class T, bool kSilu>
@@ -138,17 +138,18 @@ ENGINE_INLINE void columns_stats_block(const T* x, int64_t rows, int64_t C, int6
   }
 }
 template <class T>
-void columns_stats(const void* data, int64_t rows, int64_t C, const float* t, double* out) {
+void columns_stats(const void* data, int64_t rows, int64_t C, const float* t, double* out,
+                   int64_t out_row) {
   const T* x = static_cast<const T*>(data);
 #define ENGINE_CALL(K, c, n) \
-  columns_stats_block<T, K>(x + c, rows, C, n, t + c, out + c, out + C + c)
+  columns_stats_block<T, K>(x + c, rows, C, n, t + c, out + c, out + out_row + c)
   ENGINE_COLUMNS(C, kBlock, ENGINE_CALL)
 #undef ENGINE_CALL
 }
 
 template <class T, bool kSilu, int K>
-ENGINE_INLINE void columns_apply_block(const T* x, T* y, int64_t rows, int64_t C, int64_t n,
-                                       const float* t, const float* a, const float* b,
+ENGINE_INLINE void columns_apply_block(const T* x, T* y, int64_t rows, int64_t C, int64_t y_row,
+                                       int64_t n, const float* t, const float* a, const float* b,
                                        const T* ahead) {
   Pair shift[K], gain[K], bias[K];
   parameters<T, K>(shift, t, n);
@@ -159,26 +160,28 @@ ENGINE_INLINE void columns_apply_block(const T* x, T* y, int64_t rows, int64_t C
     for (int k = 0; k < K; ++k) {
       const int64_t i = s * C + k * W2;
       if (ahead) prefetch2(ahead + i);
-      prefetch_store2(y + i + 8 * C);
+      const int64_t j = s * y_row + k * W2;
+      prefetch_store2(y + j + 8 * y_row);
       const Pair v = fma(load2_tail(x + i, n) + shift[k], gain[k], bias[k]);
-      store2_tail(y + i, activate<T, kSilu>(v), n);
+      store2_tail(y + j, activate<T, kSilu>(v), n);
     }
   }
 }
 template <class T, bool kSilu>
-void columns_apply(const T* x, T* y, int64_t rows, int64_t C, const float* t, const float* a,
-                   const float* b, const T* ahead) {
-#define ENGINE_CALL(K, c, n)                                                      \
-  columns_apply_block<T, kSilu, K>(x + c, y + c, rows, C, n, t + c, a + c, b + c, \
+void columns_apply(const T* x, T* y, int64_t rows, int64_t C, int64_t y_row, const float* t,
+                   const float* a, const float* b, const T* ahead) {
+#define ENGINE_CALL(K, c, n)                                                             \
+  columns_apply_block<T, kSilu, K>(x + c, y + c, rows, C, y_row, n, t + c, a + c, b + c, \
                                    ahead ? ahead + c : nullptr)
   ENGINE_COLUMNS(C, kBlock, ENGINE_CALL)
 #undef ENGINE_CALL
 }
 template <class T>
-void columns_apply(const void* x, void* y, int64_t rows, int64_t C, const float* t, const float* a,
-                   const float* b, bool silu, const void* ahead) {
+void columns_apply(const void* x, void* y, int64_t rows, int64_t C, int64_t y_row, const float* t,
+                   const float* a, const float* b, bool silu, const void* ahead) {
   const auto run = silu ? columns_apply<T, true> : columns_apply<T, false>;
-  run(static_cast<const T*>(x), static_cast<T*>(y), rows, C, t, a, b, static_cast<const T*>(ahead));
+  run(static_cast<const T*>(x), static_cast<T*>(y), rows, C, y_row, t, a, b,
+      static_cast<const T*>(ahead));
 }
 
 template <class T>

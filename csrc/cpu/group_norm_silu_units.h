@@ -19,6 +19,21 @@ inline float plain(double v) { return plain(static_cast<float>(v)); }
 
 inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
+// The channels [c0, c1) of a unit that lie in one tensor: all of them, or one half's of a pair.
+// data + i is element i of the unit (contiguous; only those between c0 and c1 are there), or row
+// r's channel c0 at data + r * width elements (channels last).
+struct Half {
+  int64_t c0, c1;
+  char* data;
+  int64_t width() const { return c1 - c0; }
+};
+struct Halves {
+  Half both[2];
+  int64_t count;
+  const Half* begin() const { return both; }
+  const Half* end() const { return both + count; }
+};
+
 // x is cut into units that hold whole groups, and units into pieces. Contiguous: one group's slab,
 // or several small ones, whose statistics then overlap in the pipeline. Channels last: a sample.
 struct Cut {
@@ -49,6 +64,29 @@ struct Cut {
   int64_t end(int64_t k) const { return k + 1 < pieces ? (k + 1) * piece : length; }
   const char* unit_of(const void* data, int64_t unit) const {
     return static_cast<const char*>(data) + unit * elements() * size;
+  }
+  // The unit in x or dx, whose last C2 channels lie in data2.
+  Halves halves(const void* data, const void* data2, int64_t unit) const {
+    char* a = static_cast<char*>(const_cast<void*>(data));
+    if (data2 == nullptr) return {{{0, channels, a + unit * elements() * size}}, 1};
+    char* b = static_cast<char*>(const_cast<void*>(data2));
+    const int64_t n = sample(unit), first = first_channel(unit), Ca = p.C - p.C2;
+    const int64_t seam = Ca < first ? 0 : Ca - first < channels ? Ca - first : channels;
+    const int64_t skip = p.channels_last ? 0 : first;
+    a += (n * Ca + skip) * p.S * size;
+    b += (n * p.C2 + (p.channels_last ? 0 : first - Ca)) * p.S * size;
+    if (seam == 0) return {{{0, channels, b}}, 1};
+    if (seam == channels) return {{{0, channels, a}}, 1};
+    return {{{0, seam, a}, {seam, channels, b}}, 2};
+  }
+  // body(half, i0, i1) for what each half has of the unit's elements [begin, end); contiguous.
+  template <class Body>
+  void on_halves(const Halves& halves, int64_t begin, int64_t end, Body&& body) const {
+    for (const Half& half : halves) {
+      const int64_t i0 = half.c0 * p.S > begin ? half.c0 * p.S : begin;
+      const int64_t i1 = half.c1 * p.S < end ? half.c1 * p.S : end;
+      if (i0 < i1) body(half, i0, i1);
+    }
   }
   char* unit_of(void* data, int64_t unit) const {
     return static_cast<char*>(data) + unit * elements() * size;
