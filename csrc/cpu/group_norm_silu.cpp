@@ -121,7 +121,7 @@ class Forward {
       }
       for (int64_t c = g * D; c < (g + 1) * D; ++c) {
         if (p_.channels_last) total += s.t[c] / rows;
-        added += s.add[c];
+        if (!s.alike) added += s.add[c];
       }
       centers(unit)[g] = (total + added) / D;
     }
@@ -183,8 +183,11 @@ class Forward {
       double first = p_.channels_last ? 0 : sums[2 * g];
       double second = p_.channels_last ? 0 : sums[2 * g + 1];
       double base = 0;
-      for (int64_t c = g * D; c < (g + 1) * D; ++c) {
-        if (p_.channels_last) first += sums[c], second += sums[p_.C + c];
+      for (int64_t c = g * D; p_.channels_last && c < (g + 1) * D; ++c) {
+        first += sums[c], second += sums[p_.C + c];
+      }
+      if (s.alike) base = -static_cast<double>(D) * s.t[g * D];
+      for (int64_t c = g * D; !s.alike && c < (g + 1) * D; ++c) {
         base += static_cast<double>(s.add[c]) - s.t[c];
       }
       const double mean = (first + base * p_.S) / M, off = first / M;

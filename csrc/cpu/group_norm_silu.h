@@ -47,24 +47,24 @@ struct GroupNormGradLoops {
 
   void (*to_float)(float* to, const void* from, DType dtype, int64_t n);
 
-  // out[3 * row + k] += sums of (dv, dv * d, d)
+  // out[3 * row + k] += sums of (dv, dv * d, d), the last of them if with_x
   void (*slab_sums)(const void* x, const void* dy, int64_t i0, int64_t i1, int64_t S,
-                    const float* t, const float* a, const float* b, bool silu, double* out,
-                    float* dv, int64_t dv_row);
-  // dx <- dv * p - (d * r + q)
+                    const float* t, const float* a, const float* b, bool silu, bool with_x,
+                    double* out, float* dv, int64_t dv_row);
+  // dx <- dv * a - (d * r + q)
   void (*slab_apply)(const void* x, const void* dy, void* dx, int64_t i0, int64_t i1, int64_t S,
-                     const float* t, const float* a, const float* b, const float* p, const float* q,
-                     const float* r, bool silu, const float* dv, int64_t dv_row,
-                     const void* x_ahead, const void* dy_ahead);
+                     const float* t, const float* a, const float* b, const float* q, const float* r,
+                     bool silu, const float* dv, int64_t dv_row, const void* x_ahead,
+                     const void* dy_ahead);
 
   // out[k * y_row + c] += sums of (dv, dv * d, d)
   void (*columns_sums)(const void* x, const void* dy, int64_t rows, int64_t C, int64_t y_row,
-                       const float* t, const float* a, const float* b, bool silu, double* out,
-                       float* dv, int64_t dv_row);
+                       const float* t, const float* a, const float* b, bool silu, bool with_x,
+                       double* out, float* dv, int64_t dv_row);
   void (*columns_apply)(const void* x, const void* dy, void* dx, int64_t rows, int64_t C,
                         int64_t y_row, const float* t, const float* a, const float* b,
-                        const float* p, const float* q, const float* r, bool silu, const float* dv,
-                        int64_t dv_row, const void* x_ahead, const void* dy_ahead);
+                        const float* q, const float* r, bool silu, const float* dv, int64_t dv_row,
+                        const void* x_ahead, const void* dy_ahead);
 };
 
 }  // namespace engine

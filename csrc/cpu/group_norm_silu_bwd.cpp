@@ -44,7 +44,8 @@ class Backward {
         kept_row_(!p.channels_last ? padded(p.S)
                   : p.x2           ? padded(p.C - p.C2) + padded(p.C2)
                                    : padded(p.C)),
-        single_(p.C == p.G && p.S == 1) {}
+        single_(p.C == p.G && p.S == 1),
+        with_x_(grads.dadd != nullptr) {}
 
   void run(const ParallelFor& parallel_for) {
     cut_.pieces == 1 ? run_whole(parallel_for) : run_pieces(parallel_for);
@@ -125,7 +126,7 @@ class Backward {
       const int64_t i = unit * cut_.groups + g;
       s.affine(g * D, (g + 1) * D, mean_[i], rstd_[i], 1.0f);
       for (int64_t c = g * D; single_ && c < (g + 1) * D; ++c) {
-        s.a[c] = 0, s.b[c] = plain(s.offset(c));
+        s.a[c] = 0, s.b[c] = s.offset[c];
       }
     }
   }
@@ -141,12 +142,14 @@ class Backward {
       const Kept dv = kept(x, dx, begin, buffer);
       loops_.columns_sums(x.data + begin * x.width() * size,
                           dy + cut_.row_bytes(begin) + x.c0 * size, end - begin, x.width(), p_.C,
-                          s.t + x.c0, s.a + x.c0, s.b + x.c0, p_.silu, out + x.c0, dv.dv, dv.row);
+                          s.t + x.c0, s.a + x.c0, s.b + x.c0, p_.silu, with_x_, out + x.c0, dv.dv,
+                          dv.row);
     }
     if (p_.channels_last) return;
     cut_.on_halves(xs, begin, end, [&](const Half& x, int64_t i0, int64_t i1) {
       const Kept dv = kept(x, dxs.both[&x - xs.both], 0, buffer);
-      loops_.slab_sums(x.data, dy, i0, i1, p_.S, s.t, s.a, s.b, p_.silu, out, dv.dv, dv.row);
+      loops_.slab_sums(x.data, dy, i0, i1, p_.S, s.t, s.a, s.b, p_.silu, with_x_, out, dv.dv,
+                       dv.row);
     });
   }
 
@@ -161,15 +164,15 @@ class Backward {
     for (int64_t g = 0; g < cut_.groups; ++g) {
       const int64_t group = unit * cut_.groups + g;
       const double mean = mean_[group], rstd = rstd_[group];
-      double S1 = 0, S2 = 0;
+      double S1 = 0, S2 = 0, rest = s.rest(g * D, mean);
       for (int64_t c = g * D; c < (g + 1) * D; ++c) {
         double* abx = sums + c * row;
-        const double rest = s.rest(c, mean);
+        if (!s.alike) rest = s.rest(c, mean);
         const double A = abx[0], B = single_ ? 0 : rstd * (abx[column] + rest * A);
         abx[column] = B;
-        abx[2 * column] = single_ ? 0 : rstd * (abx[2 * column] + rest * p_.S);
-        S1 += s.gain(c) * A;
-        S2 += s.gain(c) * B;
+        if (with_x_) abx[2 * column] = single_ ? 0 : rstd * (abx[2 * column] + rest * p_.S);
+        S1 += s.gain[c] * A;
+        S2 += s.gain[c] * B;
         A_[first + c] = static_cast<float>(A);
         B_[first + c] = static_cast<float>(B);
         if (grads_.dshift) grads_.dshift[first + c] = static_cast<float>(A);
@@ -183,7 +186,7 @@ class Backward {
       for (int64_t c = g * D; c < (g + 1) * D; ++c) {
         const double A = sums[c * row], X = sums[c * row + 2 * column];
         grads_.dadd[first + c] =
-            static_cast<float>(rstd * (s.gain(c) * A - (p_.S * S1 + X * S2) / M));
+            static_cast<float>(rstd * (s.gain[c] * A - (p_.S * S1 + X * S2) / M));
       }
     }
   }
@@ -194,12 +197,13 @@ class Backward {
       const int64_t group = unit * cut_.groups + g;
       const double mean = mean_[group], rstd = rstd_[group];
       const double S1 = group_sums_[2 * group], S2 = group_sums_[2 * group + 1];
+      const float r = single_ ? 0 : plain(rstd * rstd * S2);
+      float q = 0;
       for (int64_t c = g * D; c < (g + 1) * D; ++c) {
-        const double rest = s.rest(c, mean);
-        s.p[c] = plain(rstd * s.gain(c));
-        s.q[c] = plain(rstd * (S1 + rest * rstd * S2));
-        s.r[c] = plain(rstd * rstd * S2);
-        if (single_) s.p[c] = s.q[c] = s.r[c] = 0;
+        if (!single_ && (c == g * D || !s.alike)) {
+          q = plain(rstd * (S1 + s.rest(c, mean) * rstd * S2));
+        }
+        s.q[c] = q, s.r[c] = r;
       }
     }
     const Halves xs = cut_.halves(p_.x, p_.x2, unit),
@@ -214,15 +218,15 @@ class Backward {
       const Kept dv = kept(x, dx, begin, buffer);
       const int64_t c = x.c0, skip = begin * x.width() * size;
       loops_.columns_apply(x.data + skip, dy + cut_.row_bytes(begin) + c * size, dx.data + skip,
-                           end - begin, x.width(), p_.C, s.t + c, s.a + c, s.b + c, s.p + c,
-                           s.q + c, s.r + c, p_.silu, dv.dv, dv.row, x_ahead, dy_ahead);
+                           end - begin, x.width(), p_.C, s.t + c, s.a + c, s.b + c, s.q + c,
+                           s.r + c, p_.silu, dv.dv, dv.row, x_ahead, dy_ahead);
     }
     if (p_.channels_last) return;
     cut_.on_halves(xs, begin, end, [&](const Half& x, int64_t i0, int64_t i1) {
       const Half& dx = dxs.both[&x - xs.both];
       const Kept dv = kept(x, dx, 0, buffer);
-      loops_.slab_apply(x.data, dy, dx.data, i0, i1, p_.S, s.t, s.a, s.b, s.p, s.q, s.r, p_.silu,
-                        dv.dv, dv.row, x_ahead, dy_ahead);
+      loops_.slab_apply(x.data, dy, dx.data, i0, i1, p_.S, s.t, s.a, s.b, s.q, s.r, p_.silu, dv.dv,
+                        dv.row, x_ahead, dy_ahead);
     });
   }
 
@@ -260,6 +264,7 @@ class Backward {
   int64_t width_;                         // doubles of sums per piece
   int64_t kept_row_;                      // floats of a row of kept dv
   bool single_;  // groups of one element: xhat and dx are 0, exactly, though rstd is large
+  bool with_x_;  // the sums of xhat are wanted: for dadd alone
 };
 
 // (N, rows, columns) -> (N, columns, rows), in tiles that stay in cache.

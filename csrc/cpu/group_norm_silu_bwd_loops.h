@@ -31,9 +31,43 @@ ENGINE_INLINE Pair kept_dv(const float* dv, int64_t n) {
 
 // ---- Contiguous ---------------------------------------------------------------------------------
 
-template <class T, bool kSilu>
+// Rows of one vector, as 4 x 4 pictures have: two at a time, or each would wait for its own chain.
+template <class T, bool kSilu, bool kX>
+void slab_sums_vectors(const T* x, const T* dy, int64_t row, int64_t end, const float* t,
+                       const float* a, const float* b, double* out, float* dv_rows,
+                       int64_t dv_row) {
+  for (; row < end; row += 2) {
+    const int64_t next = row + 1 < end ? row + 1 : row;  // an odd last row is its own partner
+    const Pair d{load(x + row * W) + set1(t[row]), load(x + next * W) + set1(t[next])};
+    const Pair gain{set1(a[row]), set1(a[next])}, bias{set1(b[row]), set1(b[next])};
+    const Pair dv =
+        gradient<T, kSilu>(fma(d, gain, bias), Pair{load(dy + row * W), load(dy + next * W)});
+    if (kSilu && dv_rows) {
+      write(dv_rows + row * dv_row, dv.a);
+      write(dv_rows + next * dv_row, dv.b);
+    }
+    const Two sum0 = sum_two(dv.a, dv.b), sum1 = sum_two(dv.a * d.a, dv.b * d.b);
+    out[3 * row] += sum0.a;
+    out[3 * row + 1] += sum1.a;
+    if (next > row) {
+      out[3 * next] += sum0.b;
+      out[3 * next + 1] += sum1.b;
+    }
+    if constexpr (kX) {
+      const Two sum2 = sum_two(d.a, d.b);
+      out[3 * row + 2] += sum2.a;
+      if (next > row) out[3 * next + 2] += sum2.b;
+    }
+  }
+}
+
+template <class T, bool kSilu, bool kX>
 void slab_sums(const T* x, const T* dy, int64_t i0, int64_t i1, int64_t S, const float* t,
                const float* a, const float* b, double* out, float* dv_rows, int64_t dv_row) {
+  if (S == W) {
+    const int64_t row = i0 / W, end = i1 / W;
+    return slab_sums_vectors<T, kSilu, kX>(x, dy, row, end, t, a, b, out, dv_rows, dv_row);
+  }
   for (int64_t row = i0 / S; i0 < i1; ++row) {
     const Pair shift = set2(t[row]), gain = set2(a[row]), bias = set2(b[row]);
     const int64_t row_end = (row + 1) * S < i1 ? (row + 1) * S : i1;
@@ -47,36 +81,31 @@ void slab_sums(const T* x, const T* dy, int64_t i0, int64_t i1, int64_t S, const
         if (dvs) keep_dv<T>(dvs + i0, dv, 0);
         sum0 = sum0 + dv;
         sum1 = fma(dv, d, sum1);
-        sum2 = sum2 + d;
+        if constexpr (kX) sum2 = sum2 + d;
       }
       const int64_t n = end - i0;
-      if (n == W) {  // 4 x 4 pictures: half a Pair would be computed for nothing
-        const F d = load(x + i0) + shift.a;
-        F dv = load(dy + i0);
-        if constexpr (kSilu) dv = silu_gradient<T>(fma(d, gain.a, bias.a), dv);
-        if (dvs) write(dvs + i0, dv);
-        sum0.a = sum0.a + dv;
-        sum1.a = fma(dv, d, sum1.a);
-        sum2.a = sum2.a + d;
-      } else if (n > 0) {
+      if (n > 0) {
         const Pair d = keep<T>(load2(x + i0, n) + shift, n);
         const Pair dv = keep<T>(gradient<T, kSilu>(fma(d, gain, bias), load2(dy + i0, n)), n);
         if (dvs) keep_dv<T>(dvs + i0, dv, n);
         sum0 = sum0 + dv;
         sum1 = fma(dv, d, sum1);
-        sum2 = sum2 + d;
+        if constexpr (kX) sum2 = sum2 + d;
       }
       i0 = end;
-      out[3 * row] += total(sum0);
-      out[3 * row + 1] += total(sum1);
-      out[3 * row + 2] += total(sum2);
+      const Two totals = sum_two(sum0.a + sum0.b, sum1.a + sum1.b);
+      out[3 * row] += totals.a;
+      out[3 * row + 1] += totals.b;
+      if constexpr (kX) out[3 * row + 2] += total(sum2);
     }
   }
 }
 template <class T>
 void slab_sums(const void* x, const void* dy, int64_t i0, int64_t i1, int64_t S, const float* t,
-               const float* a, const float* b, bool silu, double* out, float* dv, int64_t dv_row) {
-  const auto run = silu ? slab_sums<T, true> : slab_sums<T, false>;
+               const float* a, const float* b, bool silu, bool with_x, double* out, float* dv,
+               int64_t dv_row) {
+  const auto run = silu ? (with_x ? slab_sums<T, true, true> : slab_sums<T, true, false>)
+                        : (with_x ? slab_sums<T, false, true> : slab_sums<T, false, false>);
   run(static_cast<const T*>(x), static_cast<const T*>(dy), i0, i1, S, t, a, b, out, dv, dv_row);
 }
 
@@ -88,26 +117,35 @@ ENGINE_INLINE Pair second_dv(Pair d, Pair gain, Pair bias, const T* dy, const fl
 }
 
 template <class T, Dv kDv>
+void slab_grad_vectors(const T* x, const T* dy, T* dx, int64_t row, int64_t end, const float* t,
+                       const float* a, const float* b, const float* q, const float* r,
+                       const float* dv_rows, int64_t dv_row) {
+  for (; row < end; ++row) {
+    const F d = load(x + row * W) + set1(t[row]), gain = set1(a[row]);
+    F dv;
+    if constexpr (kDv == Dv::kStored) dv = load(dv_rows + row * dv_row);
+    if constexpr (kDv == Dv::kIdentity) dv = load(dy + row * W);
+    if constexpr (kDv == Dv::kSilu)
+      dv = silu_gradient<T>(fma(d, gain, set1(b[row])), load(dy + row * W));
+    store(dx + row * W, fma(gain, dv, fma(d, set1(-r[row]), set1(-q[row]))));
+  }
+}
+
+template <class T, Dv kDv>
 void slab_grad(const T* x, const T* dy, T* dx, int64_t i0, int64_t i1, int64_t S, const float* t,
-               const float* a, const float* b, const float* p, const float* q, const float* r,
-               const float* dv_rows, int64_t dv_row, const T* x_ahead, const T* dy_ahead) {
+               const float* a, const float* b, const float* q, const float* r, const float* dv_rows,
+               int64_t dv_row, const T* x_ahead, const T* dy_ahead) {
+  if (S == W) {
+    const int64_t row = i0 / W, end = i1 / W;
+    return slab_grad_vectors<T, kDv>(x, dy, dx, row, end, t, a, b, q, r, dv_rows, dv_row);
+  }
   for (int64_t row = i0 / S; i0 < i1; ++row) {
     const Pair shift = set2(t[row]), gain = set2(a[row]), bias = set2(b[row]);
-    const Pair slope = set2(p[row]), minus_q = set2(-q[row]), minus_r = set2(-r[row]);
+    const Pair minus_q = set2(-q[row]), minus_r = set2(-r[row]);
     const int64_t end = (row + 1) * S < i1 ? (row + 1) * S : i1;
     const float* dvs = kDv == Dv::kStored ? dv_rows + row * (dv_row - S) : nullptr;
     for (; i0 < end; i0 += W2) {
       const int64_t n = end - i0 < W2 ? end - i0 : 0;
-      if (n == W) {  // as in the first pass
-        const F d = load(x + i0) + shift.a;
-        F dv;
-        if constexpr (kDv == Dv::kStored) dv = load(dvs + i0);
-        if constexpr (kDv == Dv::kIdentity) dv = load(dy + i0);
-        if constexpr (kDv == Dv::kSilu)
-          dv = silu_gradient<T>(fma(d, gain.a, bias.a), load(dy + i0));
-        store(dx + i0, fma(slope.a, dv, fma(d, minus_r.a, minus_q.a)));
-        break;
-      }
       if (x_ahead) {
         prefetch2(x_ahead + i0);
         prefetch2(dy_ahead + i0);
@@ -115,21 +153,21 @@ void slab_grad(const T* x, const T* dy, T* dx, int64_t i0, int64_t i1, int64_t S
       if constexpr (!std::is_same_v<T, float>) prefetch_store2(dx + i0 + 16 * W2);
       const Pair d = load2_tail(x + i0, n) + shift;
       const Pair dv = second_dv<T, kDv>(d, gain, bias, dy + i0, dvs ? dvs + i0 : nullptr, n);
-      store2_tail(dx + i0, fma(slope, dv, fma(d, minus_r, minus_q)), n);
+      store2_tail(dx + i0, fma(gain, dv, fma(d, minus_r, minus_q)), n);
     }
     i0 = end;
   }
 }
 template <class T>
 void slab_grad(const void* x, const void* dy, void* dx, int64_t i0, int64_t i1, int64_t S,
-               const float* t, const float* a, const float* b, const float* p, const float* q,
-               const float* r, bool silu, const float* dv, int64_t dv_row, const void* x_ahead,
+               const float* t, const float* a, const float* b, const float* q, const float* r,
+               bool silu, const float* dv, int64_t dv_row, const void* x_ahead,
                const void* dy_ahead) {
   const auto run = !silu ? slab_grad<T, Dv::kIdentity>
                    : dv  ? slab_grad<T, Dv::kStored>
                          : slab_grad<T, Dv::kSilu>;
   run(static_cast<const T*>(x), static_cast<const T*>(dy), static_cast<T*>(dx), i0, i1, S, t, a, b,
-      p, q, r, dv, dv_row, static_cast<const T*>(x_ahead), static_cast<const T*>(dy_ahead));
+      q, r, dv, dv_row, static_cast<const T*>(x_ahead), static_cast<const T*>(dy_ahead));
 }
 
 // ---- Channels last ------------------------------------------------------------------------------
@@ -140,7 +178,7 @@ constexpr int kGradBlock = 2;
 constexpr int kGradBlock = 1;
 #endif
 
-template <class T, bool kSilu, int K>
+template <class T, bool kSilu, bool kX, int K>
 ENGINE_INLINE void columns_sums_block(const T* x, const T* dy, int64_t rows, int64_t C,
                                       int64_t y_row, int64_t n, const float* t, const float* a,
                                       const float* b, double* out0, double* out1, double* out2,
@@ -161,29 +199,30 @@ ENGINE_INLINE void columns_sums_block(const T* x, const T* dy, int64_t rows, int
         if (kSilu && dvs) keep_dv<T>(dvs + s * dv_row + k * W2, dv, n);
         sum0[k] = sum0[k] + dv;
         sum1[k] = fma(dv, d, sum1[k]);
-        sum2[k] = sum2[k] + d;
+        if constexpr (kX) sum2[k] = sum2[k] + d;
       }
     }
     flush<T, K>(out0, sum0, n);
     flush<T, K>(out1, sum1, n);
-    flush<T, K>(out2, sum2, n);
+    if constexpr (kX) flush<T, K>(out2, sum2, n);
   }
 }
-template <class T, bool kSilu>
+template <class T, bool kSilu, bool kX>
 void columns_sums(const T* x, const T* dy, int64_t rows, int64_t C, int64_t y_row, const float* t,
                   const float* a, const float* b, double* out, float* dv, int64_t dv_row) {
-#define ENGINE_CALL(K, c, n)                                                                      \
-  columns_sums_block<T, kSilu, K>(x + c, dy + c, rows, C, y_row, n, t + c, a + c, b + c, out + c, \
-                                  out + y_row + c, out + 2 * y_row + c, dv ? dv + c : nullptr,    \
-                                  dv_row)
+#define ENGINE_CALL(K, c, n)                                                                 \
+  columns_sums_block<T, kSilu, kX, K>(x + c, dy + c, rows, C, y_row, n, t + c, a + c, b + c, \
+                                      out + c, out + y_row + c, out + 2 * y_row + c,         \
+                                      dv ? dv + c : nullptr, dv_row)
   ENGINE_COLUMNS(C, kGradBlock, ENGINE_CALL)
 #undef ENGINE_CALL
 }
 template <class T>
 void columns_sums(const void* x, const void* dy, int64_t rows, int64_t C, int64_t y_row,
-                  const float* t, const float* a, const float* b, bool silu, double* out, float* dv,
-                  int64_t dv_row) {
-  const auto run = silu ? columns_sums<T, true> : columns_sums<T, false>;
+                  const float* t, const float* a, const float* b, bool silu, bool with_x,
+                  double* out, float* dv, int64_t dv_row) {
+  const auto run = silu ? (with_x ? columns_sums<T, true, true> : columns_sums<T, true, false>)
+                        : (with_x ? columns_sums<T, false, true> : columns_sums<T, false, false>);
   run(static_cast<const T*>(x), static_cast<const T*>(dy), rows, C, y_row, t, a, b, out, dv,
       dv_row);
 }
@@ -191,14 +230,13 @@ void columns_sums(const void* x, const void* dy, int64_t rows, int64_t C, int64_
 template <class T, Dv kDv, int K>
 ENGINE_INLINE void columns_grad_block(const T* x, const T* dy, T* dx, int64_t rows, int64_t C,
                                       int64_t y_row, int64_t n, const float* t, const float* a,
-                                      const float* b, const float* p, const float* q,
-                                      const float* r, const float* dvs, int64_t dv_row,
-                                      const T* x_ahead, const T* dy_ahead) {
-  Pair shift[K], gain[K], bias[K], slope[K], minus_q[K], minus_r[K];
+                                      const float* b, const float* q, const float* r,
+                                      const float* dvs, int64_t dv_row, const T* x_ahead,
+                                      const T* dy_ahead) {
+  Pair shift[K], gain[K], bias[K], minus_q[K], minus_r[K];
   parameters<T, K>(shift, t, n);
   parameters<T, K>(gain, a, n);
   parameters<T, K>(bias, b, n);
-  parameters<T, K>(slope, p, n);
   parameters<T, K>(minus_q, q, n);
   parameters<T, K>(minus_r, r, n);
   ENGINE_UNROLL
@@ -215,18 +253,17 @@ ENGINE_INLINE void columns_grad_block(const T* x, const T* dy, T* dx, int64_t ro
       const Pair d = load2_tail(x + i, n) + shift[k];
       const float* kept = dvs ? dvs + s * dv_row + k * W2 : nullptr;
       const Pair dv = second_dv<T, kDv>(d, gain[k], bias[k], dy + s * y_row + k * W2, kept, n);
-      store2_tail(dx + i, fma(slope[k], dv, fma(d, minus_r[k], minus_q[k])), n);
+      store2_tail(dx + i, fma(gain[k], dv, fma(d, minus_r[k], minus_q[k])), n);
     }
   }
 }
 template <class T, Dv kDv>
 void columns_grad(const T* x, const T* dy, T* dx, int64_t rows, int64_t C, int64_t y_row,
-                  const float* t, const float* a, const float* b, const float* p, const float* q,
-                  const float* r, const float* dv, int64_t dv_row, const T* x_ahead,
-                  const T* dy_ahead) {
+                  const float* t, const float* a, const float* b, const float* q, const float* r,
+                  const float* dv, int64_t dv_row, const T* x_ahead, const T* dy_ahead) {
 #define ENGINE_CALL(K, c, n)                                                                   \
   columns_grad_block<T, kDv, K>(x + c, dy + c, dx + c, rows, C, y_row, n, t + c, a + c, b + c, \
-                                p + c, q + c, r + c, dv ? dv + c : nullptr, dv_row,            \
+                                q + c, r + c, dv ? dv + c : nullptr, dv_row,                   \
                                 x_ahead ? x_ahead + c : nullptr,                               \
                                 dy_ahead ? dy_ahead + c : nullptr)
   ENGINE_COLUMNS(C, kGradBlock, ENGINE_CALL)
@@ -234,14 +271,14 @@ void columns_grad(const T* x, const T* dy, T* dx, int64_t rows, int64_t C, int64
 }
 template <class T>
 void columns_grad(const void* x, const void* dy, void* dx, int64_t rows, int64_t C, int64_t y_row,
-                  const float* t, const float* a, const float* b, const float* p, const float* q,
-                  const float* r, bool silu, const float* dv, int64_t dv_row, const void* x_ahead,
+                  const float* t, const float* a, const float* b, const float* q, const float* r,
+                  bool silu, const float* dv, int64_t dv_row, const void* x_ahead,
                   const void* dy_ahead) {
   const auto run = !silu ? columns_grad<T, Dv::kIdentity>
                    : dv  ? columns_grad<T, Dv::kStored>
                          : columns_grad<T, Dv::kSilu>;
   run(static_cast<const T*>(x), static_cast<const T*>(dy), static_cast<T*>(dx), rows, C, y_row, t,
-      a, b, p, q, r, dv, dv_row, static_cast<const T*>(x_ahead), static_cast<const T*>(dy_ahead));
+      a, b, q, r, dv, dv_row, static_cast<const T*>(x_ahead), static_cast<const T*>(dy_ahead));
 }
 
 template <class T>

@@ -65,9 +65,25 @@ void slab_stats(const void* data, int64_t i0, int64_t i1, int64_t S, const float
   out[1] += total2 + total(s2 + r2);
 }
 
+// Rows of one vector, as 4 x 4 pictures have: two at a time, or each would wait for its own chain.
+template <class T, bool kSilu>
+void slab_apply_vectors(const T* x, T* y, int64_t row, int64_t end, const float* t, const float* a,
+                        const float* b) {
+  const auto value = [&](int64_t k) {
+    return fma(load(x + k * W) + set1(t[k]), set1(a[k]), set1(b[k]));
+  };
+  for (; row + 2 <= end; row += 2) {
+    const Pair v = activate<T, kSilu>(Pair{value(row), value(row + 1)});
+    store(y + row * W, v.a);
+    store(y + row * W + W, v.b);
+  }
+  if (row < end) store(y + row * W, activate<T, kSilu>(value(row)));
+}
+
 template <class T, bool kSilu>
 void slab_apply(const T* x, T* y, int64_t i0, int64_t i1, int64_t S, const float* t, const float* a,
                 const float* b, const T* ahead) {
+  if (S == W) return slab_apply_vectors<T, kSilu>(x, y, i0 / W, i1 / W, t, a, b);
   for (int64_t row = i0 / S; i0 < i1; ++row) {
     const Pair shift = set2(t[row]), gain = set2(a[row]), bias = set2(b[row]);
     const int64_t end = (row + 1) * S < i1 ? (row + 1) * S : i1;
@@ -77,9 +93,7 @@ void slab_apply(const T* x, T* y, int64_t i0, int64_t i1, int64_t S, const float
       store2(y + i0, activate<T, kSilu>(fma(load2(x + i0) + shift, gain, bias)));
     }
     const int64_t n = end - i0;
-    if (n == W) {  // 4 x 4 pictures: half a Pair would be computed for nothing
-      store(y + i0, activate<T, kSilu>(fma(load(x + i0) + shift.a, gain.a, bias.a)));
-    } else if (n > 0) {
+    if (n > 0) {
       store2(y + i0, activate<T, kSilu>(fma(load2(x + i0, n) + shift, gain, bias)), n);
     }
     i0 = end;

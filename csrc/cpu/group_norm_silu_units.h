@@ -113,10 +113,11 @@ class Parameters {
   Parameters(const Cut& cut, ToFloat to_float)
       : cut_(cut),
         to_float_(to_float),
-        memory_(new float[5 * cut.p.C + 6 * cut.channels]),
-        sample_(-1) {
-    float** all[] = {&t, &a, &b, &p, &q, &r};
-    for (int i = 0; i < 6; ++i) *all[i] = memory_.get() + 5 * cut.p.C + i * cut.channels;
+        memory_(new float[7 * cut.p.C + 5 * cut.channels]),
+        sample_(-1),
+        alike(cut.p.add.data == nullptr) {
+    float** all[] = {&t, &a, &b, &q, &r};
+    for (int i = 0; i < 5; ++i) *all[i] = memory_.get() + 7 * cut.p.C + i * cut.channels;
   }
   void load(int64_t unit) {
     if (cut_.sample(unit) != sample_) {
@@ -127,17 +128,17 @@ class Parameters {
       read(2, cut_.p.add, 0.0f, first);
       read(3, cut_.p.scale, 0.0f, first);
       read(4, cut_.p.shift, 0.0f, first);
+      if (first || cut_.p.scale.data || cut_.p.shift.data) modulate();
     }
-    const float** all[] = {&weight, &bias, &add, &scale, &shift};
-    for (int i = 0; i < 5; ++i) *all[i] = operand(i) + cut_.first_channel(unit);
+    const float** all[] = {&weight, &bias, &add, &scale, &shift, &gain, &offset};
+    for (int i = 0; i < 7; ++i) *all[i] = operand(i) + cut_.first_channel(unit);
   }
-  float gain(int64_t c) const { return weight[c] * (1.0f + scale[c]); }
-  float offset(int64_t c) const { return bias[c] * (1.0f + scale[c]) + shift[c]; }
 
   // t of the channels [c0, c1), so that x + t is centred at `mean`.
   void center(int64_t c0, int64_t c1, double mean) {
-    if (cut_.p.add.data == nullptr) {
-      for (int64_t c = c0; c < c1; ++c) t[c] = plain(-mean);
+    if (alike) {
+      const float same = plain(-mean);
+      for (int64_t c = c0; c < c1; ++c) t[c] = same;
       return;
     }
     for (int64_t c = c0; c < c1; ++c) t[c] = plain(add[c] - mean);
@@ -148,19 +149,26 @@ class Parameters {
   // t, a, b of the channels [c0, c1)
   void affine(int64_t c0, int64_t c1, double mean, float rstd, float silu_scale) {
     center(c0, c1, mean);
-    const bool alike = cut_.p.add.data == nullptr;
     const float first = static_cast<float>(rest(c0, mean));
     for (int64_t c = c0; c < c1; ++c) {
-      a[c] = plain(rstd * gain(c));
-      b[c] = plain(offset(c) + (alike ? first : static_cast<float>(rest(c, mean))) * a[c]);
+      a[c] = plain(rstd * gain[c]);
+      b[c] = plain(offset[c] + (alike ? first : static_cast<float>(rest(c, mean))) * a[c]);
     }
     for (int64_t c = c0; silu_scale != 1.0f && c < c1; ++c) a[c] *= silu_scale, b[c] *= silu_scale;
   }
 
-  const float *weight, *bias, *add, *scale, *shift;  // of the unit's channels
-  float *t, *a, *b, *p, *q, *r;
+  // Of the unit's channels; gain = weight * (1 + scale), offset = bias * (1 + scale) + shift.
+  const float *weight, *bias, *add, *scale, *shift, *gain, *offset;
+  float *t, *a, *b, *q, *r;
 
  private:
+  void modulate() {
+    for (int64_t c = 0; c < cut_.p.C; ++c) {
+      const float more = 1.0f + operand(3)[c];
+      operand(5)[c] = operand(0)[c] * more;
+      operand(6)[c] = operand(1)[c] * more + operand(4)[c];
+    }
+  }
   float* operand(int i) const { return memory_.get() + i * cut_.p.C; }
   void read(int i, const Operand& from, float absent, bool first) {
     if (from.data == nullptr) {
@@ -175,6 +183,9 @@ class Parameters {
   ToFloat to_float_;
   std::unique_ptr<float[]> memory_;
   int64_t sample_;
+
+ public:
+  const bool alike;  // no `add`: t is the same in all channels of a group
 };
 
 }  // namespace engine

@@ -71,6 +71,29 @@ ENGINE_INLINE F clamp(F a, float lo, float hi) {
 ENGINE_INLINE float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 #endif
 
+// Two sums at once, in two thirds of the operations.
+struct Two {
+  float a, b;
+};
+ENGINE_INLINE Two sum_two(F a, F b) {
+#if ENGINE_LEVEL == 2
+  const __m256 a8 =
+      _mm256_add_ps(_mm512_castps512_ps256((__m512)a), _mm512_extractf32x8_ps((__m512)a, 1));
+  const __m256 b8 =
+      _mm256_add_ps(_mm512_castps512_ps256((__m512)b), _mm512_extractf32x8_ps((__m512)b, 1));
+#elif ENGINE_LEVEL == 1
+  const __m256 a8 = (__m256)a, b8 = (__m256)b;
+#endif
+#if ENGINE_LEVEL > 0
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a8, b8), _mm256_unpackhi_ps(a8, b8));
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(ab), _mm256_extractf128_ps(ab, 1));
+  const __m128 both = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return {_mm_cvtss_f32(both), _mm_cvtss_f32(_mm_movehdup_ps(both))};
+#else
+  return {sum(a), sum(b)};
+#endif
+}
+
 // ---- W elements in natural order ----------------------------------------------------------------
 
 #if ENGINE_LEVEL == 2
