@@ -183,7 +183,8 @@ def _dense(noise: Tensor | None) -> Tensor | None:
 
 def _check(x0, coeffs, t, key, step, noise, offset):
     """→ seed, step, noise as the back ends take them."""
-    check_tensors("forward_noise", x0=x0, coeffs=coeffs, t=t)
+    if not (isinstance(x0, Tensor) and isinstance(coeffs, Tensor) and isinstance(t, Tensor)):
+        check_tensors("forward_noise", x0=x0, coeffs=coeffs, t=t)
     if x0.dim() < 2 or not (x0.is_floating_point() or x0.dtype == torch.uint8):
         raise ValueError(
             f"forward_noise: x0 is {tuple(x0.shape)} {x0.dtype}, "
