@@ -25,6 +25,22 @@ _failed: Counter = Counter()
 _whole = True  # no case was left out
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--on-device",
+        action="store_true",
+        help="every op test that can run on this device, and nothing else",
+    )
+
+
+def pytest_ignore_collect(collection_path, config) -> bool | None:
+    """--on-device leaves whole files out: those that count for no op, and the emulation's."""
+    if not config.getoption("--on-device") or not collection_path.name.startswith("test_"):
+        return None
+    counts = "\nOP = " in collection_path.read_text()
+    return None if counts and collection_path.stem != "test_cuda_emulated" else True
+
+
 def backends(op: str) -> list[str]:
     """Back ends of an op that this machine can run."""
     found = ["eager"] + [b for b in ("native", "triton") if not dispatch.absence(op, b)]

@@ -1,0 +1,177 @@
+"""`make gpu`, after the build: parity on the device, benchmarks, tables and plots, in ten minutes.
+
+Each part is a process of its own, so that none can take the others with it. The benchmarks' process
+is started again, a few times, when an error of the GPU or a hang ends it.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from gpu_results import RESULTS, ROOT, Results, slug
+
+NO_GPU = "make gpu needs a CUDA GPU and a CUDA build of torch; torch finds none"
+PROBE = (
+    "import torch; assert torch.cuda.is_available(); torch.ones(1, device='cuda').sum().item();"
+    "print(torch.cuda.get_device_name())"
+)
+PARITY_SHARE, REPORT_S, STALL_S, RESTARTS = 0.45, 30, 180, 6
+FAILED, LOST = 1, 75  # exit status of pytest, and of bench_gpu.py
+
+
+def device_name() -> str:
+    """The GPU's name, from another process, which also runs a kernel there."""
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = lines[-1].strip() if lines else ""
+        detail = f" ({reason})" if reason and not reason.startswith("AssertionError") else ""
+        raise SystemExit(f"{NO_GPU}{detail}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def stop(process: subprocess.Popen) -> None:
+    """The process and the compilers that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except OSError:
+        process.kill()
+    process.wait()
+
+
+def run(command: list[str], until: float, alive=None, **kwargs) -> int | None:
+    """→ exit status, or None when it was stopped: past `until`, or when `alive` stood still.
+
+    alive: a file that a process at work writes again and again.
+    """
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **kwargs)
+    started = time.time()
+    try:
+        while process.poll() is None:
+            now = time.time()
+            last = alive.stat().st_mtime if alive is not None and alive.exists() else started
+            if now > until or (alive is not None and now - max(last, started) > STALL_S):
+                stop(process)
+                return None
+            time.sleep(0.2)
+    except BaseException:
+        stop(process)
+        raise
+    return process.returncode
+
+
+def parity(until: float) -> dict:
+    """The op tests on the device, whole, in one process: they write engine/evidence.json."""
+    begin = time.time()
+    command = [sys.executable, "-m", "pytest", "--on-device", "-q"]
+    if importlib.util.find_spec("xdist"):
+        # Compiling is most of the time, and lands in Triton's cache: first in parallel, for that
+        # alone, and nothing is recorded of it.
+        third = begin + (until - begin) / 3
+        ahead = [*command, "-n", str(min(os.cpu_count() or 1, 8)), "-p", "no:cacheprovider"]
+        run(ahead, third, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with tempfile.TemporaryDirectory() as folder:
+        counts = Path(folder, "counts.json")
+        environment = {**os.environ, "ENGINE_TEST_COUNTS": str(counts)}
+        status = run([*command, "-p", "no:xdist"], until, env=environment)
+        passed = json.loads(counts.read_text()) if counts.exists() else {}
+    seconds = round(time.time() - begin, 1)
+    outcome = {0: "passed", FAILED: "failed", None: "not finished: nothing is proved"}
+    return {
+        "outcome": outcome.get(status, f"ended with status {status}: nothing is proved"),
+        "passed": passed,
+        "seconds": seconds,
+    }
+
+
+def benchmarks(options, path: Path, until: float) -> str:
+    """→ what became of them. What was measured is in the file, whatever that is."""
+    begin = time.time()
+    mode = "quick" if options.quick else "full" if options.full else "default"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--gpu", "-q", "--benchmark-quiet"]
+    command += ["-p", "no:cacheprovider", "--no-header", "--tb=line"]
+    command += ["-W", "ignore:Benchmark fixture was not used"]
+    command += ["--mode", mode, "--results", str(path.parent)]
+    command += ["--stand-in"] if options.stand_in else []
+    status = None
+    for attempt in range(RESTARTS + 1):
+        seconds = until - time.time()
+        if attempt and seconds < 20:
+            break
+        again = ["--go-on"] if attempt else []
+        status = run([*command, *again, "--seconds", str(max(seconds, 5))], until + 60, path)
+        if status in (0, FAILED):
+            break
+        print(f"the benchmarks' process ended (status {status}); another one goes on", flush=True)
+    if path.exists():
+        results = Results(path)
+        if results.data.get("running"):
+            results.crash("the process ended here")
+        results.data["seconds"] = round(time.time() - begin, 1)
+        results.save()
+    if status == 0:
+        return "done"
+    return "some cases failed" if status == FAILED else f"not finished (status {status})"
+
+
+def summary(path: Path) -> list[str]:
+    data = json.loads(path.read_text()) if path.exists() else {}
+    verdicts = [record.get("verdict") for record in data.get("cases", {}).values()]
+    counted = ", ".join(f"{verdicts.count(v)} {v}" for v in ("win", "tie", "loss"))
+    bad = [
+        f"  {case}, {name}: {row['reason']}"
+        for case, record in data.get("cases", {}).items()
+        for name, row in record["contenders"].items()
+        if row["status"] in ("wrong", "failed")
+    ]
+    bad += [f"  {c}: {r['error']}" for c, r in data.get("cases", {}).items() if "error" in r]
+    lines = [f"{len(verdicts)} cases against the best baseline: {counted}"]
+    if data.get("unmeasured"):
+        lines.append(f"{len(data['unmeasured'])} cases not measured: the time was over")
+    return [*lines, f"{len(bad)} contenders failed or were wrong", *bad[:40]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON and tables")
+    parser.add_argument("--minutes", type=float, help="for all of it: 10; quick 1; full 60")
+    parser.add_argument("--started", type=float, default=time.time(), help="the build's start")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="headline cases, no parity run")
+    size.add_argument("--full", action="store_true", help="every baseline of every case")
+    parser.add_argument("--no-parity", action="store_true", help="benchmarks only")
+    parser.add_argument("--stand-in", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    name = "stand-in" if options.stand_in else device_name()
+    minutes = options.minutes or (1 if options.quick else 60 if options.full else 10)
+    started = time.time() if options.quick else options.started
+    end = started + 60 * minutes - min(REPORT_S, 10 * minutes)
+    folder = options.results.resolve()
+    path = folder / f"{slug(name)}.json"
+    proved = {"outcome": "not run"}
+    if not (options.quick or options.no_parity or options.stand_in):
+        print(f"parity on {name}", flush=True)
+        proved = parity(time.time() + (end - time.time()) * PARITY_SHARE)
+        print(f"parity: {proved['outcome']} in {proved['seconds']} s", flush=True)
+    print(f"benchmarks on {name}, {max(end - time.time(), 0):.0f} s", flush=True)
+    outcome = benchmarks(options, path, end)
+    if path.exists():
+        results = Results(path)
+        results.data["parity"] = proved
+        results.save()
+    report = [sys.executable, str(ROOT / "benchmarks" / "report.py"), "--results", str(folder)]
+    reported = run(report, time.time() + 120)
+    print("\n".join([*summary(path), f"benchmarks: {outcome}; results in {folder}"]))
+    fine = outcome == "done" and proved["outcome"] in ("passed", "not run") and reported == 0
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

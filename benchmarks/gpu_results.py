@@ -1,0 +1,191 @@
+"""One JSON file per device, written after every case, and what follows from it.
+
+A process that dies leaves in `running` where it was; the next one goes on from there.
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from gpu_measure import OURS
+
+SCHEMA = "engine-gpu-1"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def versions() -> dict:
+    def installed(package):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": cudnn,
+        **{package: installed(package) for package in ("triton", "diffusers", "numpy")},
+    }
+
+
+def commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+class Results:
+    """The file of one device in a folder. `begin` throws an earlier run's away."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.data = json.loads(path.read_text()) if path.exists() else {}
+
+    def begin(self, device, mode: str) -> None:
+        self.data = {
+            "schema": SCHEMA,
+            "stand_in": device.stand_in,
+            "mode": mode,
+            "commit": commit(),
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "device": {
+                "name": device.name,
+                "l2_mb": round(device.l2_bytes / 2**20, 1),
+                "memory_gb": round(device.memory_bytes / 2**30, 1),
+                "multiprocessors": device.multiprocessors,
+                "before": device.state(),
+            },
+            "versions": versions(),
+            "running": None,
+            "crashed": {},
+            "cases": {},
+        }
+        self.save()
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(self.data, indent=1, ensure_ascii=False) + "\n")
+        partial.replace(self.path)
+
+    def note(self, case: str | None, contender: str = "") -> None:
+        self.data["running"] = [case, contender] if case else None
+        self.save()
+
+    def crash(self, reason: str) -> None:
+        """What was running ended its process: it is not tried again."""
+        case, contender = self.data["running"] or (None, "")
+        if case:
+            crashed = self.data["crashed"].setdefault(case, {})
+            crashed[contender or "case"] = reason
+            if contender in ("", "reference", "inputs", "timing") or len(crashed) > 3:
+                self.add(case, {"error": reason, "contenders": {}})
+        self.data["running"] = None
+        self.save()
+
+    def add(self, case: str, record: dict) -> None:
+        if self.data.get("anchors"):
+            conclude(record, self.data["anchors"])
+        self.data["cases"][case] = record
+        self.data["running"] = None
+        self.save()
+
+    def finish(self, device, unmeasured: list[str]) -> None:
+        self.data["device"]["after"] = device.state()
+        self.data["unmeasured"] = unmeasured
+        self.data["dispatch"] = dispatch_rows(self.data)
+        self.save()
+
+
+def copy_rate(anchors: dict) -> float:
+    """GB/s of the largest copy that was measured; NaN without one."""
+    copies = anchors.get("copy_gb_per_s") or {}
+    return list(copies.values())[-1] if copies else math.nan
+
+
+def noise_share(row: dict) -> float:
+    """How far two measurements of the same thing are apart: the spread of turns and of rounds."""
+    cold = row["cold"]
+    rounds = cold["rounds_us"]
+    spread = (cold["p80"] - cold["p20"]) / 2 / cold["us"]
+    return max(spread, abs(rounds[0] - rounds[-1]) / min(rounds)) if min(rounds) > 0 else math.inf
+
+
+def timed(record: dict) -> dict[str, dict]:
+    return {n: r for n, r in record["contenders"].items() if r.get("cold") and r["cold"]["us"] > 0}
+
+
+def conclude(record: dict, anchors: dict) -> None:
+    """Adds rates, the best of ours and of the baselines, and whether we win, tie or lose."""
+    rows, copy = timed(record), copy_rate(anchors)
+    for row in rows.values():
+        seconds = row["cold"]["us"] / 1e6
+        row["gb_per_s"] = round(record["useful_mb"] / 1e3 / seconds, 1)
+        if copy > 0:
+            row["share_of_copy"] = round(row["gb_per_s"] / copy, 4)
+        if record.get("gflop"):
+            row["tflops"] = round(record["gflop"] / 1e3 / seconds, 1)
+
+    def best(names):
+        return min(names, key=lambda n: rows[n]["cold"]["us"], default=None)
+
+    ours = best([n for n in rows if n in OURS])
+    baseline = best([n for n in rows if n not in OURS])
+    record.update(best_ours=ours, best_baseline=baseline, verdict=None, speedup=None)
+    if ours and baseline:
+        speedup = rows[baseline]["cold"]["us"] / rows[ours]["cold"]["us"]
+        margin = noise_share(rows[ours]) + noise_share(rows[baseline])
+        record["speedup"] = round(speedup, 3)
+        record["noise"] = round(margin, 4)
+        tie = abs(math.log(speedup)) <= math.log1p(margin)
+        record["verdict"] = "tie" if tie else "win" if speedup > 1 else "loss"
+
+
+def dispatch_rows(data: dict) -> list[dict]:
+    """Per op and shape the fastest of what `auto` may serve, and the fastest of all, as data.
+
+    Eager is PyTorch in one call, SDPA's own choice for attention; torch.compile, a forced SDPA back
+    end and the like are somebody else's to choose.
+    """
+    keys = ("op", "direction", "variant", "shape", "groups", "layout", "dtype")
+    found = []
+    for name, record in data["cases"].items():
+        rows = timed(record)
+        us = {n: rows[n]["cold"]["us"] for n in rows}
+        may = {n: v for n, v in us.items() if n in (*OURS, "eager", "sdpa")}
+        if not may:
+            continue
+        serve = min(may, key=may.get)
+        found.append(
+            {
+                "case": name,
+                **{k: record[k] for k in keys if k in record},
+                "serve": "eager" if serve == "sdpa" else serve,
+                "fastest": min(us, key=us.get),
+                "verdict": record.get("verdict"),
+                "us": us,
+            }
+        )
+    return found
