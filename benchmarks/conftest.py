@@ -79,11 +79,10 @@ def pytest_configure(config) -> None:
     if not config.getoption("--stand-in") and not torch.cuda.is_available():
         raise pytest.UsageError("--gpu needs a CUDA GPU and a CUDA build of torch; none is found")
     # A backward with retain_graph must not find its saved tensors given away.
-    functorch = contextlib.suppress(ImportError, AttributeError)
-    with functorch:
-        import torch._functorch.config
+    with contextlib.suppress(ImportError, AttributeError):
+        import torch._functorch.config as functorch
 
-        torch._functorch.config.donated_buffer = False
+        functorch.donated_buffer = False
     until = time.monotonic() + config.getoption("--seconds")
     device = StandIn() if config.getoption("--stand-in") else Cuda()
     results = Results(Path(config.getoption("--results"), f"{slug(device.name)}.json"))
@@ -93,19 +92,17 @@ def pytest_configure(config) -> None:
             results.crash("the process ended here")
     else:
         results.begin(device, mode)
-    config.gpu = SimpleNamespace(
-        device=device, results=results, mode=mode, until=until, unmeasured=[]
-    )
+    config.gpu = SimpleNamespace(device=device, results=results, mode=mode, until=until)
 
 
 def pytest_ignore_collect(collection_path, config) -> bool | None:
-    if collection_path.suffix == ".py" and collection_path.name.startswith("bench_"):
-        if collection_path.name.startswith("bench_gpu") != bool(config.getoption("--gpu")):
-            return True
-    return None
+    name, on_gpu = collection_path.name, bool(config.getoption("--gpu"))
+    other = name.startswith("bench_") and name.startswith("bench_gpu") != on_gpu
+    return True if other else None
 
 
 def pytest_sessionfinish(session) -> None:
     gpu = getattr(session.config, "gpu", None)
     if gpu is not None:
-        gpu.results.finish(gpu.device, gpu.unmeasured)
+        gpu.results.data["device"]["after"] = gpu.device.state()
+        gpu.results.finish()

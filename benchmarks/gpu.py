@@ -15,26 +15,34 @@ import tempfile
 import time
 from pathlib import Path
 
-from gpu_results import RESULTS, ROOT, Results, slug
+from gpu_results import RESULTS, ROOT, Results, slug, unmeasured
+
+HERE = Path(__file__).resolve().parent
 
 NO_GPU = "make gpu needs a CUDA GPU and a CUDA build of torch; torch finds none"
 PROBE = (
     "import torch; assert torch.cuda.is_available(); torch.ones(1, device='cuda').sum().item();"
-    "print(torch.cuda.get_device_name())"
+    "print(*torch.cuda.get_device_capability(), torch.cuda.get_device_name())"
 )
+WARMERS = 4  # processes that compile our kernels while the parity tests run
 PARITY_SHARE, REPORT_S, STALL_S, RESTARTS = 0.45, 30, 180, 6
+LAST_CASE_S = 25  # what a case that has begun may still take; then its process is stopped
 FAILED, LOST = 1, 75  # exit status of pytest, and of bench_gpu.py
 
 
-def device_name() -> str:
-    """The GPU's name, from another process, which also runs a kernel there."""
+def find_gpu() -> tuple[str, str]:
+    """The GPU's architecture, as ENGINE_CUDA_ARCH wants it, and its name.
+
+    From another process, which also runs a kernel there: this one never touches the GPU.
+    """
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         reason = lines[-1].strip() if lines else ""
         detail = f" ({reason})" if reason and not reason.startswith("AssertionError") else ""
         raise SystemExit(f"{NO_GPU}{detail}")
-    return done.stdout.strip().splitlines()[-1]
+    major, minor, name = done.stdout.strip().splitlines()[-1].split(" ", 2)
+    return major + minor, name
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -67,20 +75,32 @@ def run(command: list[str], until: float, alive=None, **kwargs) -> int | None:
     return process.returncode
 
 
+def warmer(options, part: int) -> subprocess.Popen:
+    """A process that fills Triton's cache with a part of the benchmarks' kernels; times nothing."""
+    command = [sys.executable, str(HERE / "gpu_warm.py"), str(part), str(WARMERS)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    command += ["--full"] if options.full else []
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **quiet)
+
+
 def parity(until: float) -> dict:
-    """The op tests on the device, whole, in one process: they write engine/evidence.json."""
-    begin = time.time()
-    command = [sys.executable, "-m", "pytest", "--on-device", "-q"]
-    if importlib.util.find_spec("xdist"):
-        # Compiling is most of the time, and lands in Triton's cache: first in parallel, for that
-        # alone, and nothing is recorded of it.
-        third = begin + (until - begin) / 3
-        ahead = [*command, "-n", str(min(os.cpu_count() or 1, 8)), "-p", "no:cacheprovider"]
-        run(ahead, third, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """The op tests on the device, all of them: they write engine/evidence.json.
+
+    In parallel where pytest-xdist is, which compiles in parallel too. A parallel run proves only
+    when nothing failed (tests/proof.py); else they run again one by one, compiled already.
+    """
+    begin, status = time.time(), None
+    command = [sys.executable, "-m", "pytest", "--on-device", "-q", "--tb=short", "-p"]
+    workers = min((os.cpu_count() or 1) // 2, 8)
     with tempfile.TemporaryDirectory() as folder:
         counts = Path(folder, "counts.json")
         environment = {**os.environ, "ENGINE_TEST_COUNTS": str(counts)}
-        status = run([*command, "-p", "no:xdist"], until, env=environment)
+        if importlib.util.find_spec("xdist") and workers > 1:
+            half = begin + (until - begin) / 2
+            parallel = [*command, "no:cacheprovider", "-n", str(workers)]
+            status = run(parallel, half, env=environment)
+        if status != 0:
+            status = run([*command, "no:xdist"], until, env=environment)
         passed = json.loads(counts.read_text()) if counts.exists() else {}
     seconds = round(time.time() - begin, 1)
     outcome = {0: "passed", FAILED: "failed", None: "not finished: nothing is proved"}
@@ -102,20 +122,20 @@ def benchmarks(options, path: Path, until: float) -> str:
     command += ["--stand-in"] if options.stand_in else []
     status = None
     for attempt in range(RESTARTS + 1):
-        seconds = until - time.time()
-        if attempt and seconds < 20:
+        seconds = until - LAST_CASE_S - time.time()
+        if attempt and seconds < 10:
             break
         again = ["--go-on"] if attempt else []
-        status = run([*command, *again, "--seconds", str(max(seconds, 5))], until + 60, path)
+        status = run([*command, *again, "--seconds", f"{max(seconds, 5):.0f}"], until, path)
         if status in (0, FAILED):
             break
         print(f"the benchmarks' process ended (status {status}); another one goes on", flush=True)
     if path.exists():
         results = Results(path)
         if results.data.get("running"):
-            results.crash("the process ended here")
+            results.crash("the process ended, or was stopped, here")
         results.data["seconds"] = round(time.time() - begin, 1)
-        results.save()
+        results.finish()
     if status == 0:
         return "done"
     return "some cases failed" if status == FAILED else f"not finished (status {status})"
@@ -133,8 +153,8 @@ def summary(path: Path) -> list[str]:
     ]
     bad += [f"  {c}: {r['error']}" for c, r in data.get("cases", {}).items() if "error" in r]
     lines = [f"{len(verdicts)} cases against the best baseline: {counted}"]
-    if data.get("unmeasured"):
-        lines.append(f"{len(data['unmeasured'])} cases not measured: the time was over")
+    if missing := unmeasured(data):
+        lines.append(f"{len(missing)} cases not measured: the time was over")
     return [*lines, f"{len(bad)} contenders failed or were wrong", *bad[:40]]
 
 
@@ -147,9 +167,13 @@ def main(arguments: list[str] | None = None) -> int:
     size.add_argument("--quick", action="store_true", help="headline cases, no parity run")
     size.add_argument("--full", action="store_true", help="every baseline of every case")
     parser.add_argument("--no-parity", action="store_true", help="benchmarks only")
+    parser.add_argument("--arch", action="store_true", help="print the architecture, no more")
     parser.add_argument("--stand-in", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    name = "stand-in" if options.stand_in else device_name()
+    arch, name = ("", "stand-in") if options.stand_in else find_gpu()
+    if options.arch:
+        print(arch)
+        return 0
     minutes = options.minutes or (1 if options.quick else 60 if options.full else 10)
     started = time.time() if options.quick else options.started
     end = started + 60 * minutes - min(REPORT_S, 10 * minutes)
@@ -158,7 +182,12 @@ def main(arguments: list[str] | None = None) -> int:
     proved = {"outcome": "not run"}
     if not (options.quick or options.no_parity or options.stand_in):
         print(f"parity on {name}", flush=True)
-        proved = parity(time.time() + (end - time.time()) * PARITY_SHARE)
+        warmers = [warmer(options, part) for part in range(WARMERS)]
+        try:
+            proved = parity(time.time() + (end - time.time()) * PARITY_SHARE)
+        finally:
+            for process in warmers:
+                stop(process)
         print(f"parity: {proved['outcome']} in {proved['seconds']} s", flush=True)
     print(f"benchmarks on {name}, {max(end - time.time(), 0):.0f} s", flush=True)
     outcome = benchmarks(options, path, end)
@@ -166,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
         results = Results(path)
         results.data["parity"] = proved
         results.save()
-    report = [sys.executable, str(ROOT / "benchmarks" / "report.py"), "--results", str(folder)]
+    report = [sys.executable, str(HERE / "report.py"), "--results", str(folder)]
     reported = run(report, time.time() + 120)
     print("\n".join([*summary(path), f"benchmarks: {outcome}; results in {folder}"]))
     fine = outcome == "done" and proved["outcome"] in ("passed", "not run") and reported == 0

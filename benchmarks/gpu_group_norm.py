@@ -15,7 +15,7 @@ from engine import ops
 
 GROUPS = 32
 
-# name: (N, C, H, W), what the network also does here: "scale shift", or the split of a concatenation
+# name: (N, C, H, W), and what the network also does here: "scale shift", or two parts that it joins
 SHAPES = {
     "CIFAR-a": ((128, 128, 32, 32), None),
     "ADM64-a": ((64, 192, 64, 64), "scale shift"),

@@ -24,6 +24,7 @@ MIN_CALLS, MIN_GRAPH_S = 10, 300e-6
 ROUND_S, MIN_TURNS, MAX_TURNS = 0.25, 4, 20
 MAX_SETS = 512
 COMPILE_S = {"compile": 40, "compile-max": 75}  # longest that a torch.compile may take
+OVERTIME_S = 12  # a compilation that has begun may go on so long past the end
 NO_SDPA = re.compile("No available kernel|No viable backend")
 LOOSE = 16  # a baseline that is this much over our kernels' budget computes something else
 
@@ -88,7 +89,10 @@ def poisoned(on: bool):
 def failure(error: BaseException) -> dict:
     from engine.dispatch import BackendError
 
-    text = " ".join(str(error).split())[:300] or type(error).__name__
+    lines = str(error).strip().splitlines()
+    if isinstance(error, BackendError):
+        lines = lines[:1]  # the table of back ends follows
+    text = " ".join(" ".join(lines).split())[:300] or type(error).__name__
     if isinstance(error, NotThere):
         return {"status": "not there", "reason": text}
     if isinstance(error, (BackendError, ValueError)) or NO_SDPA.search(text):
@@ -144,9 +148,9 @@ def measure(
     start = time.monotonic()
     rows = {n: {"status": "time", "reason": "no time was left"} for n in case.contenders}
     record = {**case.facts, "section": case.section, "headline": case.headline}
-    record |= {"useful_mb": round(case.useful_bytes / 1e6, 3), "contenders": rows}
+    record |= {"useful_bytes": case.useful_bytes, "contenders": rows}
     if case.flop:
-        record["gflop"] = round(case.flop / 1e9, 3)
+        record["flop"] = case.flop
     for name, reason in (crashed or {}).items():
         if name in rows:
             rows[name] = {"status": "failed", "reason": reason}
@@ -179,7 +183,9 @@ def _check(case, device, first, rows, until, note, crashed) -> list[str]:
         note(name)
         start = time.monotonic()
         try:
-            limit = at_most(COMPILE_S[name]) if name in COMPILE_S else contextlib.nullcontext()
+            limit = contextlib.nullcontext()
+            if name in COMPILE_S:
+                limit = at_most(min(COMPILE_S[name], max(until - start, 0) + OVERTIME_S))
             with poisoned(name in OURS), limit:
                 result = tensors(prepare(first)())
                 device.synchronize()

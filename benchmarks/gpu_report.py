@@ -1,4 +1,4 @@
-"""Markdown tables and plots from a GPU's JSON file: every case, losses, ties and failures included."""
+"""Markdown tables and plots from a GPU's JSON file: every case, losses and failures included."""
 
 import math
 from pathlib import Path
@@ -9,8 +9,8 @@ from gpu_results import copy_rate, timed
 MARK = {"win": "", "tie": "=", "loss": "−"}
 NOTES = (
     "µs: medians of captured CUDA graphs, cold L2 (buffers of three times its size in rotation);",
-    "*warm*: one buffer, for the fastest of ours. × is the best baseline's time over the best of ours;",
-    "= is a tie (the difference is smaller than spread and difference of two rounds), − a loss.",
+    "*warm*: one buffer, for the fastest of ours. × is the best baseline's time over the best of",
+    "ours; = is a tie (smaller than the spread and the difference of two rounds), − a loss.",
     "*of copy*: useful bytes per second as a share of the largest copy measured in the same run.",
 )
 
@@ -91,7 +91,7 @@ def case_row(name: str, record: dict, columns: list[str]) -> str:
 def section_table(cases: dict[str, dict]) -> list[str]:
     columns = list(dict.fromkeys(n for r in cases.values() for n in r["contenders"]))
     columns.sort(key=lambda n: n not in OURS)
-    flop = any("gflop" in r for r in cases.values())
+    flop = any("flop" in r for r in cases.values())
     heads = ["case", *(f"{c} µs" for c in columns), "warm µs", "×", "GB/s", "of copy"]
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     lines += [case_row(name, record, columns) for name, record in cases.items()]
@@ -204,7 +204,7 @@ def headline(result: dict) -> list[str]:
 
 
 def plots(result: dict, folder: Path) -> list[str]:
-    """Two pictures beside the JSON: share of copy, and speed-up; → their names, none if not drawn."""
+    """Two pictures beside the JSON, share of copy and speed-up; → the names of those drawn."""
     rows = {n: r for n, r in result["cases"].items() if r.get("speedup")}
     if not rows:
         return []

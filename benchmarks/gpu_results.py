@@ -112,11 +112,14 @@ class Results:
         self.data["running"] = None
         self.save()
 
-    def finish(self, device, unmeasured: list[str]) -> None:
-        self.data["device"]["after"] = device.state()
-        self.data["unmeasured"] = unmeasured
+    def finish(self) -> None:
+        self.data["unmeasured"] = unmeasured(self.data)
         self.data["dispatch"] = dispatch_rows(self.data)
         self.save()
+
+
+def unmeasured(data: dict) -> list[str]:
+    return [name for name in data.get("planned", ()) if name not in data["cases"]]
 
 
 def copy_rate(anchors: dict) -> float:
@@ -142,11 +145,11 @@ def conclude(record: dict, anchors: dict) -> None:
     rows, copy = timed(record), copy_rate(anchors)
     for row in rows.values():
         seconds = row["cold"]["us"] / 1e6
-        row["gb_per_s"] = round(record["useful_mb"] / 1e3 / seconds, 1)
+        row["gb_per_s"] = round(record["useful_bytes"] / seconds / 1e9, 2)
         if copy > 0:
             row["share_of_copy"] = round(row["gb_per_s"] / copy, 4)
-        if record.get("gflop"):
-            row["tflops"] = round(record["gflop"] / 1e3 / seconds, 1)
+        if record.get("flop"):
+            row["tflops"] = round(record["flop"] / seconds / 1e12, 1)
 
     def best(names):
         return min(names, key=lambda n: rows[n]["cold"]["us"], default=None)

@@ -150,12 +150,10 @@ def pytest_deselected(items) -> None:
 
 def pytest_sessionfinish(session, exitstatus) -> None:
     """A whole run on a GPU is what `auto` rests on there; a part of the tests proves nothing."""
-    config = session.config
-    whole = _whole and exitstatus in (0, 1) and not session.shouldstop and not session.shouldfail
-    named = config.args_source.name == "ARGS" or getattr(config.option, "ignore", None)
-    alone = not hasattr(config, "workerinput") and not getattr(config.option, "numprocesses", None)
+    stopped = session.shouldstop or session.shouldfail
     interpreted = os.environ.get("TRITON_INTERPRET", "0") != "0"
-    if DEVICE == "cuda" and whole and not named and alone and not interpreted:
+    whole = _whole and not stopped and not interpreted
+    if DEVICE == "cuda" and whole and proof.counts(session.config, exitstatus):
         proof.record(torch.cuda.get_device_name(), _passed, _failed, dispatch.EVIDENCE_FILE)
 
 
