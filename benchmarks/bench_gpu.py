@@ -14,15 +14,14 @@ import gpu_diffusion
 import gpu_group_norm
 import pytest
 from gpu_anchors import anchors
-from gpu_measure import DeviceLost, failure, measure
+from gpu_measure import OURS, DeviceLost, failure, measure
 
+BAD = ("wrong", "failed")
 LOST = 75  # exit status: the GPU or this process's hold on it is gone, another process may go on
 
 
 def all_cases(device, mode: str) -> list:
-    lists = [
-        m.cases(device, mode == "full") for m in (gpu_group_norm, gpu_attention, gpu_diffusion)
-    ]
+    lists = [m.cases(device, mode) for m in (gpu_group_norm, gpu_attention, gpu_diffusion)]
     found = list(itertools.chain(*lists))
     headline = [case for case in found if case.headline]
     if mode == "quick":
@@ -70,11 +69,12 @@ def bench_gpu(benchmark, case, request) -> None:
 
         benchmark.pedantic(wait, rounds=20, warmup_rounds=2)
 
-    crashed = results.data["crashed"].get(case.name)
+    def note(name: str) -> None:
+        results.note(case.name, name)
+
     try:
-        record = measure(
-            case, device, gpu.until, lambda name: results.note(case.name, name), crashed, host
-        )
+        crashed = results.crashed(case.name)
+        record = measure(case, device, gpu.until, note, crashed, host)
     except DeviceLost as error:
         results.crash(str(error))
         pytest.exit(f"{case.name}: {error}", returncode=LOST)
@@ -89,6 +89,6 @@ def bench_gpu(benchmark, case, request) -> None:
         record["host_us"] = round(benchmark.stats.stats.median * 1e6, 2)
     results.add(case.name, record)
     benchmark.extra_info.update(record)
-    bad = {n: r for n, r in record["contenders"].items() if r["status"] in ("wrong", "failed")}
+    bad = {n: r for n, r in record["contenders"].items() if n in OURS and r["status"] in BAD}
     if bad:
         pytest.fail("; ".join(f"{name}: {row['reason']}" for name, row in bad.items()))

@@ -88,8 +88,7 @@ def pytest_configure(config) -> None:
     results = Results(Path(config.getoption("--results"), f"{slug(device.name)}.json"))
     mode = config.getoption("--mode")
     if config.getoption("--go-on") and results.data.get("cases") is not None:
-        if results.data["running"]:
-            results.crash("the process ended here")
+        results.crash("the process ended here")
     else:
         results.begin(device, mode)
     config.gpu = SimpleNamespace(device=device, results=results, mode=mode, until=until)

@@ -25,7 +25,7 @@ PROBE = (
     "print(*torch.cuda.get_device_capability(), torch.cuda.get_device_name())"
 )
 WARMERS = 4  # processes that compile our kernels while the parity tests run
-PARITY_SHARE, REPORT_S, STALL_S, RESTARTS = 0.45, 30, 180, 6
+PARITY_SHARE, REPORT_S, STALL_S, RESTARTS = 0.45, 30, 180, 8
 LAST_CASE_S = 25  # what a case that has begun may still take; then its process is stopped
 FAILED, LOST = 1, 75  # exit status of pytest, and of bench_gpu.py
 
@@ -80,7 +80,13 @@ def warmer(options, part: int) -> subprocess.Popen:
     command = [sys.executable, str(HERE / "gpu_warm.py"), str(part), str(WARMERS)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     command += ["--full"] if options.full else []
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **quiet)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(python_path())}
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=environment, **quiet)
+
+
+def python_path() -> list[str]:
+    """This tree's packages before any installed ones, for scripts, which do not see the folder."""
+    return [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 
 
 def parity(until: float) -> dict:
@@ -115,7 +121,7 @@ def benchmarks(options, path: Path, until: float) -> str:
     """→ what became of them. What was measured is in the file, whatever that is."""
     begin = time.time()
     mode = "quick" if options.quick else "full" if options.full else "default"
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--gpu", "-q", "--benchmark-quiet"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--gpu", "-q"]
     command += ["-p", "no:cacheprovider", "--no-header", "--tb=line"]
     command += ["-W", "ignore:Benchmark fixture was not used"]
     command += ["--mode", mode, "--results", str(path.parent)]
@@ -126,14 +132,14 @@ def benchmarks(options, path: Path, until: float) -> str:
         if attempt and seconds < 10:
             break
         again = ["--go-on"] if attempt else []
-        status = run([*command, *again, "--seconds", f"{max(seconds, 5):.0f}"], until, path)
+        limit = ["--seconds", f"{max(seconds, 5):.0f}"]
+        status = run([*command, *again, *limit], until, Results(path).at)
         if status in (0, FAILED):
             break
         print(f"the benchmarks' process ended (status {status}); another one goes on", flush=True)
     if path.exists():
         results = Results(path)
-        if results.data.get("running"):
-            results.crash("the process ended, or was stopped, here")
+        results.crash("the process ended, or was stopped, here")
         results.data["seconds"] = round(time.time() - begin, 1)
         results.finish()
     if status == 0:

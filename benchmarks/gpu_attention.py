@@ -165,7 +165,7 @@ def case(device, op, name, shape, direction) -> Case:
     )
 
 
-def cases(device, every: bool = False) -> list[Case]:
+def cases(device, mode: str = "default") -> list[Case]:
     shapes = TINY if device.stand_in else SHAPES
     return [
         case(device, op, name, shape, direction)

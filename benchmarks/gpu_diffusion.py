@@ -137,7 +137,7 @@ def plainly(function, one):
     return lambda: function(*one)
 
 
-def contenders(device, ours, eager, prepare, every=True) -> dict:
+def contenders(device, ours, eager, prepare, every: bool) -> dict:
     found = {impl: partial(prepare, partial(ours, impl)) for impl in IMPLS}
     found["eager"] = partial(prepare, eager)
     modes = {"compile": None, "compile-max": "max-autotune-no-cudagraphs"}
@@ -147,7 +147,8 @@ def contenders(device, ours, eager, prepare, every=True) -> dict:
     return found
 
 
-def cases(device, every: bool = False) -> list[Case]:
+def cases(device, mode: str = "default") -> list[Case]:
+    every = mode == "full"
     shapes = TINY if device.stand_in else PICTURES
     random = ("eager", "compile", "compile-max")
     found = []
@@ -163,7 +164,7 @@ def cases(device, every: bool = False) -> list[Case]:
                     n * (8 + dtype.itemsize),
                     n * (8 + dtype.itemsize),
                     partial(reverse_inputs, device, shape, dtype),
-                    contenders(device, reverse_ours, reverse_eager, plainly, headline or every),
+                    contenders(device, reverse_ours, reverse_eager, plainly, every),
                     partial(plainly, partial(reverse_ours, "eager")),
                     reverse_truth,
                     random=random,

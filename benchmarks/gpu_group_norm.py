@@ -51,6 +51,8 @@ HEADLINE = {  # (shape, layout, direction)
     ("ADM256-a", "nhwc", "fwd"),
     ("tiny", "nhwc", "fwd"),
 }
+AUTOTUNED = {("CIFAR-a", "nhwc"), ("ADM256-a", "nhwc"), ("tiny", "nhwc")}  # else in --full
+AUTOTUNE = "max-autotune-no-cudagraphs"
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -140,16 +142,16 @@ def compiled(device, mode, prepare, one):
     return prepare(device.compile(eager, mode), one)
 
 
-def case(device, name, shape, also, variant, layout, dtype, direction, every) -> Case:
+def case(device, name, shape, also, variant, layout, dtype, direction, mode) -> Case:
     also = also if variant else None
     grad, prepare = direction != "fwd", PREPARE[direction]
     headline = (name, layout, direction) in HEADLINE and not variant and dtype == "bf16"
     contenders = {impl: partial(prepare, partial(ours, impl)) for impl in ("triton", "native")}
     contenders["eager"] = partial(prepare, eager)
     contenders["compile"] = partial(compiled, device, None, prepare)
-    if headline or every:
-        mode = "max-autotune-no-cudagraphs"
-        contenders["compile-max"] = partial(compiled, device, mode, prepare)
+    tuned = headline and (name, layout) in AUTOTUNED and mode != "quick"
+    if tuned or mode == "full":
+        contenders["compile-max"] = partial(compiled, device, AUTOTUNE, prepare)
     n, c, h, w = shape
     size = n * c * h * w * DTYPES[dtype].itemsize
     label = "-".join(filter(None, (name, variant, layout, dtype)))
@@ -176,13 +178,13 @@ def case(device, name, shape, also, variant, layout, dtype, direction, every) ->
     )
 
 
-def cases(device, every: bool = False) -> list[Case]:
+def cases(device, mode: str = "default") -> list[Case]:
     """In the order of importance: plain forward, plain backward, then variants and float32."""
     shapes = TINY if device.stand_in else SHAPES
 
     def run(names, variants, dtype, directions):
         return [
-            case(device, name, *shapes[name], variant(name), layout, dtype, direction, every)
+            case(device, name, *shapes[name], variant(name), layout, dtype, direction, mode)
             for direction in directions
             for name in names
             for variant in variants

@@ -1,6 +1,6 @@
 """One JSON file per device, written after every case, and what follows from it.
 
-A process that dies leaves in `running` where it was; the next one goes on from there.
+A process that dies leaves in a small file beside it where it was; the next one goes on from there.
 """
 
 import json
@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import time
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from gpu_measure import OURS
 
 SCHEMA = "engine-gpu-1"
+PARTS = ("reference", "inputs", "timing")  # of a case, beside its contenders
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -61,6 +63,7 @@ class Results:
 
     def __init__(self, path: Path):
         self.path = path
+        self.at = path.with_suffix(".running")
         self.data = json.loads(path.read_text()) if path.exists() else {}
 
     def begin(self, device, mode: str) -> None:
@@ -78,10 +81,10 @@ class Results:
                 "before": device.state(),
             },
             "versions": versions(),
-            "running": None,
             "crashed": {},
             "cases": {},
         }
+        self.at.unlink(missing_ok=True)
         self.save()
 
     def save(self) -> None:
@@ -90,26 +93,44 @@ class Results:
         partial.write_text(json.dumps(self.data, indent=1, ensure_ascii=False) + "\n")
         partial.replace(self.path)
 
-    def note(self, case: str | None, contender: str = "") -> None:
-        self.data["running"] = [case, contender] if case else None
-        self.save()
+    def note(self, case: str, contender: str) -> None:
+        self.at.write_text(json.dumps([case, contender]))
+
+    def running(self) -> list[str] | None:
+        """[case, contender] that an earlier process did not get past."""
+        try:
+            return json.loads(self.at.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
 
     def crash(self, reason: str) -> None:
         """What was running ended its process: it is not tried again."""
-        case, contender = self.data["running"] or (None, "")
-        if case:
+        if running := self.running():
+            case, contender = running
             crashed = self.data["crashed"].setdefault(case, {})
-            crashed[contender or "case"] = reason
-            if contender in ("", "reference", "inputs", "timing") or len(crashed) > 3:
+            crashed[contender] = reason
+            if contender in PARTS or len(crashed) > 3:
                 self.add(case, {"error": reason, "contenders": {}})
-        self.data["running"] = None
+        self.at.unlink(missing_ok=True)
         self.save()
+
+    def crashed(self, case: str) -> dict[str, str]:
+        """Contenders to leave out: those that ended a process here, or two processes in this op."""
+        op, ends = case.split(" ")[0], Counter()
+        for other, contenders in self.data["crashed"].items():
+            ends.update(list(contenders) if other.split(" ")[0] == op else ())
+        found = {
+            name: f"not tried: it ended {count} processes in other cases"
+            for name, count in ends.items()
+            if count >= 2 and name not in PARTS
+        }
+        return found | self.data["crashed"].get(case, {})
 
     def add(self, case: str, record: dict) -> None:
         if self.data.get("anchors"):
             conclude(record, self.data["anchors"])
         self.data["cases"][case] = record
-        self.data["running"] = None
+        self.at.unlink(missing_ok=True)
         self.save()
 
     def finish(self) -> None:

@@ -1,5 +1,6 @@
 """The GPU benchmarks' whole path with the CPU in the GPU's place, and what is derived from it."""
 
+import gc
 import io
 import json
 import math
@@ -28,7 +29,7 @@ import gpu_results  # noqa: E402
 import gpu_warm  # noqa: E402
 import report  # noqa: E402
 import sanitize  # noqa: E402
-from gpu_device import StandIn  # noqa: E402
+from gpu_device import Cuda, StandIn  # noqa: E402
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without CUDA is needed")
 
@@ -46,7 +47,8 @@ def quick(tmp_path_factory) -> Path:
 
 def test_quick_run_leaves_every_headline_case(quick):
     data = json.loads(quick.read_text())
-    assert (data["schema"], data["stand_in"], data["running"]) == ("engine-gpu-1", True, None)
+    assert (data["schema"], data["stand_in"]) == ("engine-gpu-1", True)
+    assert not quick.with_suffix(".running").exists()
     assert {"name", "l2_mb", "memory_gb", "before", "after"} <= set(data["device"])
     assert {"torch", "cuda", "cudnn", "triton", "python"} <= set(data["versions"])
     expected = [case.name for case in bench_gpu.all_cases(StandIn(), "quick")]
@@ -226,14 +228,20 @@ def test_a_lost_gpu_ends_the_process_and_the_next_one_leaves_the_culprit_out(tmp
         gpu_measure.measure(case, Lost(), note=note)
     # The process died here. The next one reads the file:
     results = gpu_results.Results(tmp_path / "a.json")
-    assert results.data["running"] == [case.name, "native"]
+    assert results.running() == [case.name, "native"]
     results.crash("illegal address")
     assert results.data["crashed"] == {case.name: {"native": "illegal address"}}
     assert case.name not in results.data["cases"]
-    crashed = results.data["crashed"][case.name]
+    crashed = results.crashed(case.name)
     rows = gpu_measure.measure(tiny(), StandIn(), crashed=crashed)["contenders"]
     assert rows["native"] == {"status": "failed", "reason": "illegal address"}
     assert rows["eager"]["cold"]["us"] > 0
+    same_op, other_op = f"{case.name.split()[0]} another", "noise 1M"
+    assert not results.crashed(same_op) and results.running() is None
+    results.note(same_op, "native")
+    results.crash("illegal address")
+    assert "2 processes" in results.crashed("group_norm_silu-fwd third")["native"]
+    assert not results.crashed(other_op)
     results.note(case.name, "timing")
     results.crash("gone again")
     assert results.data["cases"][case.name]["error"] == "gone again"
@@ -256,6 +264,68 @@ def test_losses_and_ties_are_called_so():
     assert record(10, 10.5)["verdict"] == "win"
     row = record(1, 2)["contenders"]["triton"]
     assert (row["gb_per_s"], row["share_of_copy"]) == (1000.0, 1.0)
+
+
+# --- the instrument
+
+
+def test_the_instrument_never_leaves_its_stream_and_times_no_launch(monkeypatch):
+    """Cuda with torch.cuda's parts exchanged: what it asks of them, in order."""
+    log = []
+
+    class Fake:
+        def __init__(self, *args, **kwargs):
+            self.kwargs = kwargs
+
+        def replay(self):
+            log.append("replay")
+
+        def record(self):
+            log.append("record")
+
+        def elapsed_time(self, end):
+            return 2.0  # ms
+
+    class Capture:
+        def __init__(self, graph, stream):
+            assert stream is log[0]
+
+        def __enter__(self):
+            log.append("begin")
+
+        def __exit__(self, *args):
+            log.append("end")
+
+    fakes = {
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device: SimpleNamespace(
+            name="G", L2_cache_size=50 * 2**20, total_memory=2**36, multi_processor_count=132
+        ),
+        "Stream": Fake,
+        "set_stream": log.append,
+        "synchronize": lambda: None,
+        "CUDAGraph": Fake,
+        "graph": Capture,
+        "Event": Fake,
+        "_sleep": lambda cycles: log.append("sleep" if cycles > 0 else cycles),
+        "empty_cache": lambda: None,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: object())
+    device = Cuda()
+    assert isinstance(log[0], Fake)  # the side stream is current before anything is made
+    x = torch.ones(3)
+    graph = device.capture([lambda: log.append("call") or x * 2] * 5, keep=2)
+    assert log[1:8] == ["begin", *["call"] * 5, "end"]
+    assert log[8:] == ["replay", "replay", "sleep", "record", "replay", "record"]
+    assert len(graph.results) == 2 and graph.calls == 5 and graph.seconds == 2e-3
+    assert gc.isenabled()
+    del log[1:]
+    times = device.time({"a": graph, "b": graph}, 3, warm=True)
+    assert times == {"a": [2e-3] * 3, "b": [2e-3] * 3}
+    assert log[1:] == ["replay", "sleep", "record", "replay", "record"] * 6
+    assert device.compile(raising) is device.compile(raising)
 
 
 # --- the front
