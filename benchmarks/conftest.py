@@ -63,7 +63,7 @@ def pytest_addoption(parser) -> None:
     group.addoption("--stand-in", action="store_true", help="the CPU in the GPU's place: a test")
     group.addoption("--mode", choices=("quick", "default", "full"), default="default")
     group.addoption("--results", default=str(Path(__file__).parent / "results"), metavar="FOLDER")
-    group.addoption("--seconds", type=float, default=300.0, help="nothing new begins after these")
+    group.addoption("--until", type=float, help="nothing new begins after this time() (5 min)")
     group.addoption("--go-on", action="store_true", help="keep what an earlier process measured")
 
 
@@ -83,7 +83,8 @@ def pytest_configure(config) -> None:
         import torch._functorch.config as functorch
 
         functorch.donated_buffer = False
-    until = time.monotonic() + config.getoption("--seconds")
+    end = config.getoption("--until")
+    until = time.monotonic() + (300 if end is None else end - time.time())
     device = StandIn() if config.getoption("--stand-in") else Cuda()
     results = Results(Path(config.getoption("--results"), f"{slug(device.name)}.json"))
     mode = config.getoption("--mode")

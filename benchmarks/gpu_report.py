@@ -26,8 +26,10 @@ def describe(result: dict) -> str:
 
 def clocks(result: dict) -> str:
     parts = []
-    for when in ("before", "after"):
-        s = result["device"].get(when) or {}
+    load = (result.get("anchors") or {}).get("under_load")
+    states = {**result["device"], "after matrix products": load}
+    for when in ("before", "after matrix products", "after"):
+        s = states.get(when) or {}
         if s:
             parts.append(
                 f"{when}: SM {s.get('clocks.sm')} of {s.get('clocks.max.sm')} MHz, "

@@ -370,6 +370,12 @@ def test_a_process_that_stands_still_is_stopped(tmp_path, monkeypatch):
     assert gpu.run(sleep, time.time() + 20, alive=tmp_path / "nothing") is None
     assert gpu.run(sleep, time.time() + 0.3) is None
     assert gpu.run([sys.executable, "-c", "raise SystemExit(75)"], time.time() + 20) == 75
+    # At work: the file is written again and again, and is not there between two cases.
+    beats = "import pathlib, sys, time; p = pathlib.Path(sys.argv[1])\n"
+    beats += "for i in range(8): p.write_text(''); p.unlink() if i % 2 else None; time.sleep(0.15)"
+    monkeypatch.setattr(gpu, "STALL_S", 0.8)
+    command = [sys.executable, "-S", "-c", beats, str(tmp_path / "at")]
+    assert gpu.run(command, time.time() + 20, alive=tmp_path / "at") == 0
 
 
 @NO_GPU
