@@ -145,6 +145,9 @@ def benchmarks(options, path: Path, until: float) -> str:
         results.crash("the process ended, or was stopped, here")
         results.data["seconds"] = round(time.time() - begin, 1)
         results.finish()
+        bits = (results.data.get("anchors") or {}).get("noise_bits") or {}
+        if False in bits.values():
+            return f"the noise has other bits than the CPU's: {bits}"
     if status == 0:
         return "done"
     return "some cases failed" if status == FAILED else f"not finished (status {status})"

@@ -130,13 +130,9 @@ def summary(result: dict) -> list[str]:
         shares = sorted(s for s in shares if s)
         verdicts = [r["verdict"] for r in compared]
         mean = math.exp(sum(map(math.log, speedups)) / len(speedups))
-        lines.append(
-            f"| {section} | {mean:.2f} | {min(speedups):.2f} | "
-            + " | ".join(str(verdicts.count(v)) for v in ("win", "tie", "loss"))
-            + f" | {shares[len(shares) // 2]:.2f} |"
-            if shares
-            else " | – |"
-        )
+        counts = " | ".join(str(verdicts.count(v)) for v in ("win", "tie", "loss"))
+        median = f"{shares[len(shares) // 2]:.2f}" if shares else "–"
+        lines.append(f"| {section} | {mean:.2f} | {min(speedups):.2f} | {counts} | {median} |")
     return lines
 
 

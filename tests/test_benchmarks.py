@@ -217,6 +217,24 @@ def test_warming_runs_our_kernels_alone(monkeypatch):
     assert gpu_warm.warm(StandIn(), 1, 2) == 2 and ran == ["triton"] * 2
 
 
+def test_other_bits_of_the_noise_are_a_failure(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+
+    def run(command, until, alive):
+        results = gpu_results.Results(path)
+        results.begin(StandIn(), "quick")
+        results.data["anchors"] = {"noise_bits": {"native": bits, "triton": "refused"}}
+        results.save()
+        return 0
+
+    monkeypatch.setattr(gpu, "run", run)
+    options = SimpleNamespace(quick=True, full=False, stand_in=True)
+    bits = True
+    assert gpu.benchmarks(options, path, time.time() + 60) == "done"
+    bits = False
+    assert "other bits" in gpu.benchmarks(options, path, time.time() + 60)
+
+
 def test_a_process_that_stands_still_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "STALL_S", 0.3)
     sleep = [sys.executable, "-c", "import time; time.sleep(30)"]
