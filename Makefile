@@ -1,10 +1,13 @@
-# Two commands are enough: `make train`, `make test`. Also: venv, build, bench, gpu, lint, clean.
+# Two commands are enough: `make train`, `make test`. Also: venv, build, bench, lint, clean; on a
+# machine with a GPU: gpu, gpu-sanitize.
 #
 #   PYTHON=python3.12          the interpreter (3.10 or newer)
 #   TORCH='torch==2.13.0 --index-url …'   the torch build, as pip writes it
 #   VENV=none                  use the current environment as it is, without any network
 #   RUN=runs/fashion-mnist     where `make train` puts its run; ARGS='--loss huber' adds options
-#   RESULT=cpu                 name of the file that `make bench` writes in benchmarks/results
+#   RESULTS=benchmarks/results the folder where `make bench` and `make gpu` write
+#   RESULT=cpu                 name of the file that `make bench` writes there
+#   ARGS=--quick               `make gpu` in a minute, without the parity tests; --full: in an hour
 #   MAX_JOBS=2                 compilers at a time
 
 PYTHON ?= python3
@@ -12,6 +15,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 RUN ?= runs/fashion-mnist
 ARGS ?=
+RESULTS ?= benchmarks/results
 RESULT ?= cpu
 MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export MAX_JOBS
@@ -36,7 +40,7 @@ DATA_STAMP := $(STAMPS)/.engine-data
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
 
 .DEFAULT_GOAL := train
-.PHONY: train test venv build data bench gpu lint clean always
+.PHONY: train test venv build data bench gpu gpu-sanitize lint clean always
 
 train: build data
 	@if [ -f '$(RUN)/checkpoint.safetensors' ]; then \
@@ -52,14 +56,22 @@ venv: $(PACKAGES_STAMP)
 build: $(BUILD_STAMP)
 
 bench: build
-	$(PY) -m pytest benchmarks --benchmark-json=benchmarks/results/$(RESULT).json $(ARGS)
-	$(PY) benchmarks/report.py
+	@mkdir -p '$(RESULTS)'
+	$(PY) -m pytest benchmarks --benchmark-json='$(RESULTS)/$(RESULT).json' $(ARGS)
+	$(PY) benchmarks/report.py --results '$(RESULTS)'
 
-# On a machine with a GPU: the whole test suite on the device, then the benchmarks.
-gpu: build
-	@$(PY) -c "import torch; raise SystemExit(0 if torch.cuda.is_available() else 'make gpu needs a CUDA GPU and a CUDA build of torch; torch finds none')"
-	$(PY) -m pytest
-	$(PY) -m pytest benchmarks
+# On a machine with a GPU, in ten minutes and without a network: the extension for that GPU, the op
+# tests on it (they write engine/evidence.json), the benchmarks, tables and plots.
+gpu: $(PACKAGES_STAMP)
+	@started=$$(date +%s) && arch=$$($(PY) benchmarks/gpu.py --arch) && \
+	ENGINE_CUDA_ARCH=$${ENGINE_CUDA_ARCH:-$$arch} $(MAKE) --no-print-directory build && \
+	$(PY) benchmarks/gpu.py --started $$started --results '$(RESULTS)' $(ARGS)
+
+# Small cases of every CUDA kernel under compute-sanitizer's memcheck and racecheck.
+gpu-sanitize: $(PACKAGES_STAMP)
+	@arch=$$($(PY) benchmarks/gpu.py --arch) && \
+	ENGINE_CUDA_ARCH=$${ENGINE_CUDA_ARCH:-$$arch} $(MAKE) --no-print-directory build && \
+	$(PY) benchmarks/sanitize.py $(ARGS)
 
 lint: venv
 	$(PY) -m ruff check .

@@ -1,14 +1,17 @@
 """Tables from benchmarks/results/*.json: writes RESULTS.md and README's table.
 
 README shows the headline rows between its two markers; RESULTS.md shows every row, losses included.
+Files of GPUs (gpu_results.py) come first; --results takes another folder and leaves README alone.
 """
 
+import argparse
 import json
 import math
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+import gpu_report
+from gpu_results import RESULTS, ROOT, SCHEMA
+
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 HEADLINE = (
     "bench_forward[32x128x32x32-bf16-channels_last]",
@@ -31,9 +34,12 @@ NOTES = (
 COLUMNS = "| case | ours µs | eager µs | compile µs | × eager | × compile | GB/s | of copy |"
 
 
-def load() -> list[dict]:
+NOT_MEASURED = "GPU: not measured yet; `make gpu` on a machine with one does."
+
+
+def load(folder: Path = RESULTS) -> list[dict]:
     """Every run, the longest-named last: cpu.json before its repetitions."""
-    paths = sorted(RESULTS.glob("*.json"), key=lambda path: (len(path.stem), path.stem))
+    paths = sorted(folder.glob("*.json"), key=lambda path: (len(path.stem), path.stem))
     return [{"file": path.name, **json.loads(path.read_text())} for path in paths]
 
 
@@ -84,14 +90,32 @@ def summary(benchmarks: list[dict]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    full, short = ["# Results", "", *NOTES, ""], []
-    for result in load():
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    folder = parser.parse_args(arguments).results.resolve()
+    full, short = ["# Results", ""], []
+    loaded = load(folder)
+    on_gpu = [r for r in loaded if r.get("schema") == SCHEMA]
+    on_cpu = [r for r in loaded if "machine_info" in r and "benchmarks" in r]
+    shown = [r for r in on_gpu if not r["stand_in"]]
+    for result in on_gpu:
+        full += [*gpu_report.tables(result, folder), ""]
+    for result in shown:
+        short += [*gpu_report.headline(result), ""]
+    if not shown:
+        full += [NOT_MEASURED, ""]
+        short += [NOT_MEASURED, ""]
+    if on_cpu:
+        full += [*NOTES, ""]
+    for result in on_cpu:
         benchmarks = result["benchmarks"]
         full += [f"## {device(result)}", "", *summary(benchmarks), "", *table(benchmarks), ""]
         chosen = [b for b in benchmarks if b["name"] in HEADLINE]
         short += [f"{device(result)}:", "", *table(chosen), ""]
-    (RESULTS / "RESULTS.md").write_text("\n".join(full))
+    (folder / "RESULTS.md").write_text("\n".join(full))
+    if folder != RESULTS:
+        return
     readme = (ROOT / "README.md").read_text()
     before, _, rest = readme.partition(BEGIN)
     after = rest.partition(END)[2]

@@ -25,6 +25,22 @@ _failed: Counter = Counter()
 _whole = True  # no case was left out
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--on-device",
+        action="store_true",
+        help="every op test that can run on this device, and nothing else",
+    )
+
+
+def pytest_ignore_collect(collection_path, config) -> bool | None:
+    """--on-device leaves whole files out: those that count for no op, and the emulation's."""
+    if not config.getoption("--on-device") or not collection_path.name.startswith("test_"):
+        return None
+    counts = "\nOP = " in collection_path.read_text()
+    return None if counts and collection_path.stem != "test_cuda_emulated" else True
+
+
 def backends(op: str) -> list[str]:
     """Back ends of an op that this machine can run."""
     found = ["eager"] + [b for b in ("native", "triton") if not dispatch.absence(op, b)]
@@ -134,12 +150,10 @@ def pytest_deselected(items) -> None:
 
 def pytest_sessionfinish(session, exitstatus) -> None:
     """A whole run on a GPU is what `auto` rests on there; a part of the tests proves nothing."""
-    config = session.config
-    whole = _whole and exitstatus in (0, 1) and not session.shouldstop and not session.shouldfail
-    named = config.args_source.name == "ARGS" or getattr(config.option, "ignore", None)
-    alone = not hasattr(config, "workerinput") and not getattr(config.option, "numprocesses", None)
+    stopped = session.shouldstop or session.shouldfail
     interpreted = os.environ.get("TRITON_INTERPRET", "0") != "0"
-    if DEVICE == "cuda" and whole and not named and alone and not interpreted:
+    whole = _whole and not stopped and not interpreted
+    if DEVICE == "cuda" and whole and proof.counts(session.config, exitstatus):
         proof.record(torch.cuda.get_device_name(), _passed, _failed, dispatch.EVIDENCE_FILE)
 
 

@@ -42,6 +42,23 @@ def version(package: str) -> str:
         return "none"
 
 
+def counts(config, exitstatus: int) -> bool:
+    """Whether a run of this configuration that ended so ran every op test, and was told of each.
+
+    In parallel (pytest-xdist) the workers' reports arrive here, but neither what they deselected
+    nor which test a worker that died was running: then only a run without a failure counts.
+    """
+    option = config.option
+    if config.args_source.name == "ARGS" or getattr(option, "ignore", None):
+        return False
+    if hasattr(config, "workerinput"):
+        return False
+    if not getattr(option, "numprocesses", None):
+        return exitstatus in (0, 1)
+    chosen = ("keyword", "markexpr", "deselect", "lf", "stepwise", "ignore_glob")
+    return exitstatus == 0 and not any(getattr(option, name, None) for name in chosen)
+
+
 def record(gpu: str, passed: Counter, failed: Counter, file: Path) -> dict:
     """passed, failed: cases per (op, back end). What failed anywhere loses its entry."""
     known = json.loads(file.read_text()) if file.exists() else {}

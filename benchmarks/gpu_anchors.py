@@ -1,0 +1,134 @@
+"""What the device can do at all: copy rate, matrix rate, what a kernel costs. And the noise's bits.
+
+Each anchor stands by itself: one that fails is recorded with its reason.
+"""
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from gpu_measure import failure
+
+from engine import dispatch, ops
+
+COPY_MB = (16, 32, 64, 256, 1024)  # bytes read plus written: half of it is one buffer
+NODES = 200
+MATRIX = 8192
+
+
+def _seconds(device, calls: list[Callable], keep: int, turns: int = 9) -> float:
+    """Median seconds of one call in a captured graph."""
+    for call in calls:
+        call()
+    graph = device.capture(calls, keep)
+    times = device.time({"": graph}, turns)[""]
+    return statistics.median(times) / graph.calls
+
+
+def copy_rate(device, megabytes: float) -> float:
+    """Bytes per second, read plus written, cold: the better of a copy and an elementwise kernel."""
+    n = max(int(megabytes * 1e6 / 2 / 4), 1)
+    sets = min(max(3 * device.l2_bytes // (8 * n) + 1, 2), 64)
+    pairs = [[torch.rand(n, device=device.device) for _ in range(2)] for _ in range(sets)]
+    times = -(-10 // sets)
+    copies = _seconds(device, [partial(b.copy_, a) for a, b in pairs] * times, sets)
+    kernels = _seconds(device, [partial(torch.neg, a, out=b) for a, b in pairs] * times, sets)
+    return 8 * n / min(copies, kernels)
+
+
+def node_us(device) -> float:
+    """µs per graph node of the smallest kernel: one element."""
+    one = torch.zeros(1, device=device.device)
+    return 1e6 * _seconds(device, [partial(one.add_, 1)] * NODES, 1)
+
+
+def matrix_tflops(device, size: int) -> float:
+    a, b = (torch.randn(size, size, device=device.device).bfloat16() for _ in range(2))
+    c = torch.empty_like(a)
+    return 2 * size**3 / _seconds(device, [partial(torch.mm, a, b, out=c)] * 10, 1, 5) / 1e12
+
+
+def noise_bits(device, count: int = 2**20 + 3) -> dict[str, bool | str]:
+    """Whether each back end on the device draws the CPU's bits: float32, an odd offset."""
+
+    def draw(where, impl):
+        key = [torch.tensor(v, device=where) for v in (7, 3)]
+        z = ops.noise(*key, ops.STEP_NOISE, (count,), device=where, offset=5, impl=impl)
+        return z.cpu().view(torch.int32)
+
+    truth, found = draw(torch.device("cpu"), "eager"), {}
+    for name, where, impl in (
+        ("native CPU", torch.device("cpu"), "native"),
+        ("eager", device.device, "eager"),
+        ("native", device.device, "native"),
+        ("triton", device.device, "triton"),
+    ):
+        try:
+            found[name] = torch.equal(draw(where, impl), truth)
+        except Exception as error:
+            found[name] = failure(error)["reason"]
+    return found
+
+
+def host_us(device) -> dict[str, float | str]:
+    """Wall µs of one reverse step, host included, as a sampler's loop pays it: CIFAR B128."""
+    import time
+
+    from gpu_diffusion import PICTURES, TINY, reverse_eager, reverse_inputs, reverse_ours
+
+    shape = TINY["tiny"] if device.stand_in else PICTURES["CIFAR"]
+    x, out, rows, step, key = reverse_inputs(device, shape, torch.float32, 0)
+    loops = {impl: partial(reverse_ours, impl, x, out, rows, step, key) for impl in dispatch.IMPLS}
+    del loops["auto"], loops["eager"]
+    loops["eager"] = partial(reverse_eager, x, out, rows, step, key)
+    found = {}
+    try:
+        from diffusers import DDPMScheduler
+
+        scheduler = DDPMScheduler(num_train_timesteps=1000, clip_sample=True)
+        scheduler.set_timesteps(1000)
+        loops["diffusers DDPMScheduler.step"] = partial(scheduler.step, out, 500, x)
+    except Exception as error:  # not installed, or another version's interface
+        found["diffusers DDPMScheduler.step"] = failure(error)["reason"]
+    for name, call in loops.items():
+        try:
+            with torch.inference_mode():
+                for _ in range(3):
+                    call()
+                device.synchronize()
+                start, count = time.perf_counter(), 5 if device.stand_in else 100
+                for _ in range(count):
+                    call()
+                device.synchronize()
+            found[name] = round((time.perf_counter() - start) / count * 1e6, 2)
+        except Exception as error:
+            found[name] = failure(error)["reason"]
+    return found
+
+
+def anchors(device) -> dict:
+    sizes = (0.01,) if device.stand_in else COPY_MB
+    jobs = {f"copy {mb} MB": partial(copy_rate, device, mb) for mb in sizes}
+    jobs["node_us"] = partial(node_us, device)
+    jobs["matrix_tflops"] = partial(matrix_tflops, device, 64 if device.stand_in else MATRIX)
+    jobs["noise_bits"] = partial(noise_bits, device)
+    jobs["reverse_step_host_us"] = partial(host_us, device)
+    found, copies, failed = {}, {}, {}
+    for name, job in jobs.items():
+        try:
+            value = job()
+            device.free()
+        except Exception as error:
+            failed[name] = failure(error)["reason"]
+            continue
+        if name == "matrix_tflops":
+            found["under_load"] = device.state()
+        if name.startswith("copy "):
+            copies[name.removeprefix("copy ")] = round(value / 1e9, 1)
+        else:
+            found[name] = round(value, 3) if isinstance(value, float) else value
+    found["copy_gb_per_s"] = copies
+    if failed:
+        found["failed"] = failed
+    return found

@@ -1,0 +1,31 @@
+"""Compiles the Triton kernels of every n-th GPU benchmark into Triton's cache: gpu_warm.py PART N.
+
+One call per case, untimed. torch.compile's baselines are left out: Inductor keeps on disk which of
+its configurations was fastest, and on a busy GPU that would be the wrong one.
+"""
+
+import contextlib
+import sys
+
+import torch
+from bench_gpu import all_cases
+from gpu_device import Cuda, StandIn
+
+
+def warm(device, part: int, parts: int, mode: str = "default") -> int:
+    """→ how many cases ran."""
+    ran = 0
+    for case in all_cases(device, mode)[part::parts]:
+        with contextlib.suppress(Exception), torch.set_grad_enabled(case.grad):
+            case.contenders["triton"](case.inputs(0))()
+            ran += 1
+        device.free()
+        if not device.healthy():
+            break
+    return ran
+
+
+if __name__ == "__main__":
+    device = StandIn() if "--stand-in" in sys.argv else Cuda()
+    mode = "full" if "--full" in sys.argv else "default"
+    warm(device, int(sys.argv[1]), int(sys.argv[2]), mode)
