@@ -56,6 +56,18 @@ def attention(
 
 def reverse_step(
     x: Tensor,  # (N, C, *S)
+    model_out: Tensor,  # (N, C, *S)
+    coeffs: Tensor,  # (n_steps, 5 or 10)
+    step: int,
+    noise: Tensor | None,  # (N, C, *S); None: zero
+    clip: float | None = 1.0,
+) -> Tensor:
+    """x0 = clip(a·x + b·out); x' = c·x0 + d·x + s·z with (a, b, c, d, s, …) = coeffs[step]."""
+    return reverse_step_general(x, model_out, coeffs, step, noise, clip)[0]
+
+
+def reverse_step_general(
+    x: Tensor,  # (N, C, *S)
     model_out: Tensor,  # (N, C, *S); (N, 2·C, *S) with a learned variance
     coeffs: Tensor,  # (n_steps, 5 or 10)
     step: int,

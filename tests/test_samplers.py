@@ -46,7 +46,7 @@ def test_ddpm_rows_are_the_posterior():
     one, zeros = torch.ones(100, 1, dtype=torch.float64), torch.zeros(100, 1, dtype=torch.float64)
     assert torch.allclose(rows[:, 2:3], process.posterior(one, zeros, times)[0])
     assert torch.allclose(rows[:, 3:4], process.posterior(zeros, one, times)[0])
-    assert torch.allclose(rows[:-1, 4:] ** 2, process.posterior(one, one, times)[1][:-1])
+    assert torch.allclose(rows[:-1, 4:5] ** 2, process.posterior(one, one, times)[1][:-1])
     assert rows[-1, 4] == 0
 
 
@@ -54,14 +54,14 @@ def test_ddim_with_eta_one_is_as_noisy_as_ddpm():
     for steps in (None, 10):
         ddim = samplers.coefficients(diffusion(), "ddim", steps, eta=1.0)[1]
         ddpm = samplers.coefficients(diffusion(), "ddpm", steps)[1]
-        assert torch.allclose(ddim, ddpm, atol=1e-13)
+        assert torch.allclose(ddim[:, :5], ddpm[:, :5], atol=1e-13)
 
 
 def test_ddim_golden():
     process = engine.Diffusion(schedules.betas("linear", 1000))
     times, rows = samplers.coefficients(process, "ddim")
     for t, value in ((0, 0.497524877), (1, 0.498822437), (999, 0.500064294)):
-        a, b, c, d, s = rows[999 - t]
+        a, b, c, d, s = rows[999 - t, :5]
         assert times[999 - t] == t and s == 0
         x0 = (a * 0.5 + b * 0.25).clamp(-1, 1)
         assert (c * x0 + d * 0.5).item() == pytest.approx(value, abs=1e-9)
@@ -96,7 +96,7 @@ def test_no_noise_at_the_last_step():
     images, states = engine.sample(
         lambda x, t: torch.ones_like(x), diffusion(25), SHAPE, trajectory=26
     )
-    a, b, c, d, s = samplers.coefficients(diffusion(25))[1][-1].float()
+    a, b, c, d, s = samplers.coefficients(diffusion(25))[1][-1, :5].float()
     assert (c, d, s) == (1.0, 0.0, 0.0)
     assert torch.allclose(images, (a * states[-2] + b).clamp(-1, 1), atol=1e-6)
 
