@@ -89,7 +89,9 @@ def reverse_step_general(
         x0 = x0.clamp(-bound, bound) / bound
     elif clip != math.inf:
         x0 = x0.clamp(-clip, clip)
-    log_variance = lo + (hi - lo) * (v + 1) / 2 if v.shape[1] else torch.zeros_like(state)
+    log_variance = torch.zeros_like(state)
+    if v.shape[1]:
+        log_variance = torch.where(lo == hi, lo, lo + (hi - lo) * (v + 1) / 2)
     x_next = from_x0 * x0 + from_x * state
     if x0_prev is not None:  # what a zero multiplies may be anything
         x_next = x_next + torch.where(e == 0, 0.0, e * x0_prev.float())

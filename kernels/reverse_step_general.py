@@ -133,7 +133,7 @@ def _reverse_step_general_kernel(
         v = _load(v_ptr, model_out_sample, model_out_pitch, n, i, S, mask, MODEL_OUT)
         lo = _column(coeffs_ptr, step, n_steps, 8, COLUMNS)
         hi = _column(coeffs_ptr, step, n_steps, 9, COLUMNS)
-        log_var = tl.where(lo != hi, lo + 0.5 * (hi - lo) * (v + 1.0), lo)
+        log_var = tl.where(lo != hi, 0.5 * (hi + lo) + 0.5 * (hi - lo) * v, lo)
     if grad is not None:
         push = _column(coeffs_ptr, step, n_steps, 7, COLUMNS) * grad
         if v_ptr is not None:
@@ -241,7 +241,8 @@ def _reverse_step_threshold_kernel(
             left -= below
     low = prefix.to(tl.float32, bitcast=True)
     high = tl.where(left + 1 < inside, prefix, above).to(tl.float32, bitcast=True)
-    value = tl.where((fraction == 0.0) | (high == low), low, low + fraction * (high - low))
+    gap = tl.where((fraction == 0.0) | (high == low), 0.0, high - low)  # not infinity · 0
+    value = low + fraction * gap
     value = tl.where(value < 1.0, 1.0, value)
     tl.store(threshold_ptr + n, tl.where(nans > 0, float("nan"), value))
 
@@ -251,7 +252,11 @@ def _described(t: torch.Tensor | None, channels: int, positions: int) -> tuple:
     if t is None:
         return (None, 0, 0), FLAT.value
     sample = t.stride(0)
-    inner = [(size, stride) for size, stride in zip(t.shape[2:], t.stride()[2:]) if size != 1]
+    inner = [
+        (size, stride)
+        for size, stride in zip(t.shape[2:], t.stride()[2:], strict=True)
+        if size != 1
+    ]
     if not inner or inner[-1][1] == 1:
         pitch = t.stride(1) if t.shape[1] > 1 else positions
         return (t, sample, pitch), FLAT.value if pitch == positions else PLANES.value

@@ -33,6 +33,8 @@ KERNELS = {
     "_group_norm_silu_sums_kernel",
     "_noise_kernel",
     "_reverse_step_fwd_kernel",
+    "_reverse_step_general_kernel",
+    "_reverse_step_threshold_kernel",
 }
 
 

@@ -185,13 +185,13 @@ ENGINE_INLINE bool tile_rest(const ReverseStepGeneral& p, const StepRow& row, co
   const bool noisy = row.s != 0, pushed = p.grad.data && row.g1 != 0;
   const bool extrapolates = p.x0_prev.data && row.e != 0;
   if (!noisy && !pushed && !extrapolates) return false;
-  float deviation[kTile], other[kTile];
+  float log_var[kTile], other[kTile];
   if (p.v.data && (noisy || pushed)) {
-    const float half = 0.5f * (row.hi - row.lo);
-    if (half != 0) read_tile(deviation, p.v, at);
+    const float half = 0.5f * (row.hi - row.lo), middle = 0.5f * (row.hi + row.lo);
+    if (half != 0) read_tile(log_var, p.v, at);
     ENGINE_TILE_LOOP {
-      const F v = half != 0 ? load(deviation + i) : F{};
-      store(deviation + i, exponential(0.5f * fma(set1(half), v + 1.0f, set1(row.lo))));
+      const F v = half != 0 ? load(log_var + i) : F{};
+      store(log_var + i, fma(set1(half), v, set1(middle)));
     }
   }
   if (noisy) {
@@ -205,7 +205,9 @@ ENGINE_INLINE bool tile_rest(const ReverseStepGeneral& p, const StepRow& row, co
       }
     }
     ENGINE_TILE_LOOP store(rest + i, row.s * load(rest + i));
-    if (p.v.data) ENGINE_TILE_LOOP store(rest + i, load(deviation + i) * load(rest + i));
+    if (p.v.data) {
+      ENGINE_TILE_LOOP { store(rest + i, exponential(0.5f * load(log_var + i)) * load(rest + i)); }
+    }
   } else {
     ENGINE_TILE_LOOP store(rest + i, F{});
   }
@@ -215,8 +217,7 @@ ENGINE_INLINE bool tile_rest(const ReverseStepGeneral& p, const StepRow& row, co
   }
   if (pushed) {
     ENGINE_TILE_LOOP {
-      const F deviation_i = p.v.data ? load(deviation + i) : set1(1.0f);
-      const F push = row.g1 * (deviation_i * deviation_i);
+      const F push = row.g1 * (p.v.data ? exponential(load(log_var + i)) : set1(1.0f));
       store(rest + i, fma(push, load(grad + i), load(rest + i)));
     }
   }

@@ -37,7 +37,7 @@ __device__ __forceinline__ float bounded(float x0, float limit, float divisor) {
 }
 
 __device__ __forceinline__ float log_variance(const Row& row, float v) {
-  return row.lo + 0.5f * (row.hi - row.lo) * (v + 1.0f);
+  return 0.5f * (row.hi + row.lo) + 0.5f * (row.hi - row.lo) * v;
 }
 
 template <typename T>
