@@ -234,10 +234,10 @@ def _reverse_step_threshold_kernel(
                 counts += found - tl.where(bins == 0, others, 0)
         if level < 4:
             upto = tl.cumsum(counts, 0)
-            digit = tl.sum((upto <= left).to(tl.int32), 0)
-            below = tl.sum(tl.where(bins < digit, counts, 0), 0)
-            inside = tl.sum(tl.where(bins == digit, counts, 0), 0)
-            prefix = (prefix << 8) | digit
+            chosen = tl.sum((upto <= left).to(tl.int32), 0)
+            below = tl.sum(tl.where(bins < chosen, counts, 0), 0)
+            inside = tl.sum(tl.where(bins == chosen, counts, 0), 0)
+            prefix = (prefix << 8) | chosen
             left -= below
     low = prefix.to(tl.float32, bitcast=True)
     high = tl.where(left + 1 < inside, prefix, above).to(tl.float32, bitcast=True)
