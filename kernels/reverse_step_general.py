@@ -210,7 +210,7 @@ def _reverse_step_threshold_kernel(
     for level in tl.static_range(5):  # 8 bits at a time; the last pass looks for `above`
         counts = tl.zeros((256,), tl.int32)
         for b in range(blocks):
-            i = b * BLOCK + tl.arange(0, BLOCK)
+            i = b * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
             mask = i < count
             bits = _magnitude_bits(
                 x_ptr, x_sample, x_pitch, model_out_ptr, model_out_sample, model_out_pitch,

@@ -227,7 +227,7 @@ def test_nothing_in_the_loop_waits_for_the_device(monkeypatch):
             def model(x, t):
                 calls.append(t)
                 for name in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "numpy"):
-                    patched.setattr(torch.Tensor, name, reads)  # noqa: B023
+                    patched.setattr(torch.Tensor, name, reads)
                 return torch.zeros_like(x)
 
             engine.sample(model, diffusion(25), SHAPE, sampler=sampler, steps=5, progress=True)
