@@ -1,7 +1,10 @@
 """The fused reverse step on the CPU against the sequence of PyTorch calls, noise included.
 
-Bytes that must move: read x and model_out, write x_next: 12 per element in float32.
+Bytes that must move: read x and model_out, write x_next: 12 per element in float32. Where diffusers
+is installed, its schedulers' steps are timed as well: the same schedule, clipping and variance.
 """
+
+import importlib.util
 
 import pytest
 import torch
@@ -41,6 +44,63 @@ def bench_reverse_step(benchmark, shape):
         truth = c * (a * x + b * out).clamp(-1, 1) + d * x + s * z
         assert torch.allclose(functions["ours"](), truth, atol=1e-5)
         compare(benchmark, functions, 3 * x.numel() * 4)
+
+
+SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler"}
+VARIANTS = ("guidance", "2M", "learned_range", "dynamic_threshold")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("diffusers"), reason="diffusers is not installed")
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=lambda s: "x".join(map(str, s)))
+def bench_scheduler_step(benchmark, shape, sampler):
+    """diffusers' step of ddpm, and of ddim without noise: it stands where `eager` does."""
+    import diffusers
+
+    torch.manual_seed(0)
+    x, out, t = torch.randn(shape), torch.randn(shape), 500
+    scheduler = getattr(diffusers, SCHEDULERS[sampler])(1000, clip_sample=True)
+    scheduler.set_timesteps(1000)
+    more = {"use_clipped_model_output": True} if sampler == "ddim" else {}
+    process = engine.Diffusion(schedules.betas("linear_unscaled", 1000))
+    rows = samplers.coefficients(process, sampler)[1].float()
+    step, key = torch.tensor(999 - t), torch.tensor(7)
+    with torch.inference_mode():
+        z = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+        generator = torch.Generator().manual_seed(5)
+        theirs = scheduler.step(out, t, x, generator=generator, **more).prev_sample
+        mine = ops.reverse_step(x, out, rows, step, noise=z, impl="native")
+        assert torch.allclose(mine, theirs, atol=1e-5)
+        functions = {
+            "ours": lambda: ops.reverse_step(x, out, rows, step, key=key, impl="native"),
+            "eager": lambda: scheduler.step(out, t, x, **more).prev_sample,
+        }
+        compare(benchmark, functions, 3 * x.numel() * 4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def bench_variant(benchmark, variant, shape=(128, 3, 32, 32)):
+    """A variant in the kernel against the same steps of PyTorch, with the same given noise."""
+    torch.manual_seed(0)
+    x, out, other, z = (torch.randn(shape) for _ in range(4))
+    rows, step = torch.rand(4, 10) - 2, torch.tensor(2)
+    more, operands = {
+        "guidance": (dict(uncond=other, guidance=2.0), 5),
+        "2M": (dict(x0_prev=other, return_x0=True), 6),
+        "learned_range": (dict(learned_range=True), 5),
+        "dynamic_threshold": (dict(dynamic_threshold=0.995), 4),
+    }[variant]
+    out = torch.cat([out, other], 1) if variant == "learned_range" else out
+    with torch.inference_mode():
+
+        def run(impl):
+            found = ops.reverse_step(x, out, rows, step, noise=z, impl=impl, **more)
+            return found if isinstance(found, tuple) else (found,)
+
+        for mine, theirs in zip(run("native"), run("eager"), strict=True):
+            assert torch.allclose(mine, theirs, atol=1e-5)
+        functions = {"ours": lambda: run("native"), "eager": lambda: run("eager")}
+        compare(benchmark, functions, operands * x.numel() * 4)
 
 
 @pytest.mark.parametrize("count", [2**14, 2**20], ids=["16K", "1M"])

@@ -71,7 +71,7 @@ void noise_cpu(void* out, DType dtype, int64_t n, const int64_t* seed, const int
 void noise_cuda(void* out, DType dtype, int64_t n, const int64_t* seed, const int64_t* step,
                 uint32_t stream_id, int64_t offset, void* stream);
 
-// One reverse step. With row = coeffs[step] = (a, b, c, d, s):
+// One plain reverse step. With row = coeffs[step] = (a, b, c, d, s, ...):
 //   x0 = clamp(a * x + b * model_out, -clip, clip);  x_next = c * x0 + d * x + s * z
 // z: `noise` if given, else normal number offset + i of (seed, step, stream 0), i the element's
 // index in the contiguous (N, C, S) order whatever the layouts; not drawn where s == 0. NaN passes
@@ -86,8 +86,9 @@ struct ReverseStep {
   const void* x;
   const void* model_out;
   const void* noise;    // null: drawn from the key
-  const float* coeffs;  // (n_steps, 5) contiguous
+  const float* coeffs;  // (n_steps, columns) contiguous
   int64_t n_steps;
+  int64_t columns = 5;
   const int64_t* step;
   const int64_t* seed;  // read only when noise is null
   int64_t offset;
@@ -95,6 +96,51 @@ struct ReverseStep {
 };
 void reverse_step_fwd_cpu(const ReverseStep& p, void* x_next, const ParallelFor& parallel_for);
 void reverse_step_fwd_cuda(const ReverseStep& p, void* x_next, void* stream);
+
+// An (N, C, S) operand, possibly a slice of a larger tensor: element (n, c, s) at
+// n * sample + c * pitch + s, or, channels_last, at n * sample + s * pitch + c.
+struct StepOperand {
+  const void* data = nullptr;  // null: absent
+  DType dtype = DType::f32;
+  bool channels_last = false;
+  int64_t sample = 0, pitch = 0;
+};
+
+// One reverse step with any of its variants; kernels/reverse_step.py has the equations. The row
+// (a, b, c, d, s, e, g0, g1, lo, hi) of coeffs ends after s if columns is 5: the rest is then 0.
+//   out = uncond + guidance * (model_out - uncond)
+//   x0 = bound(a * x + b * out + g0 * grad), bound: the clamp, or with m = threshold[n]: the clamp
+//   to +-m divided by m
+//   var = exp(lo + (hi - lo) * (v + 1) / 2), 1 if v is absent
+//   x_next = c * x0 + d * x + e * x0_prev + g1 * var * grad + s * sqrt(var) * z
+// noise is not touched where s == 0, x0_prev not where e == 0, v not where lo == hi.
+struct ReverseStepGeneral {
+  int64_t N, C, S;
+  StepOperand x, model_out, v, uncond, grad, x0_prev, noise;
+  DType dtype;               // of x_next and x0
+  bool channels_last;        // layout of all results
+  void* x_next = nullptr;    // may be x.data if x is dense
+  void* x0 = nullptr;        // null: not wanted
+  void* model_in = nullptr;  // x_next again, in model_in_dtype; null: not wanted
+  DType model_in_dtype = DType::f32;
+  const float* threshold = nullptr;  // (N,); null: static clipping
+  const float* coeffs;
+  int64_t n_steps, columns = 5;
+  const int64_t* step;
+  const int64_t* seed = nullptr;
+  int64_t offset = 0;
+  float guidance = 1, clip = 1;
+};
+void reverse_step_general_fwd_cpu(const ReverseStepGeneral& p, const ParallelFor& parallel_for);
+void reverse_step_general_fwd_cuda(const ReverseStepGeneral& p, void* stream);
+
+// threshold[n] = max(1, quantile of |x0| over sample n), x0 before any bound; NaN if one is NaN.
+// The quantile lies between the order statistics `rank` and rank + 1 (from 0), `fraction` past the
+// first. C * S < 2^31.
+void reverse_step_threshold_fwd_cpu(const ReverseStepGeneral& p, int64_t rank, float fraction,
+                                    float* threshold, const ParallelFor& parallel_for);
+void reverse_step_threshold_fwd_cuda(const ReverseStepGeneral& p, int64_t rank, float fraction,
+                                     float* threshold, void* stream);
 
 // The forward process, its noise drawn in place. With (a, b, p, q) = coeffs[t[n]] and eps normal
 // number offset + i of (seed, step, stream 2), i the element's index in the contiguous (N, C, S)

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import ops, schedules
 
 PREDICTIONS = ("eps", "x0", "v")
-VARIANCES = ("small", "large")
+VARIANCES = ("small", "large", "learned_range")
 LOSSES = ("l1", "l2", "huber")
 
 
@@ -22,7 +22,9 @@ class Diffusion:
     betas       (T,) noise schedule, 0 < β < 1 (schedules.betas)
     prediction  what the network predicts: "eps" the noise, "x0" the image, or
                 "v" = √ᾱ ε − √(1−ᾱ) x_0 (Salimans & Ho 2022)
-    variance    of the reverse step: "small" β̃_t, "large" β_t (Ho et al. 2020, §3.2)
+    variance    of the reverse step: "small" β̃_t, "large" β_t (Ho et al. 2020, §3.2), or
+                "learned_range": the network's, between the two, from twice as many channels
+                (Nichol & Dhariwal 2021, eq. 15); for sampling only, `loss` refuses it
     loss        "l1" |·|, "l2" (·)², "huber" smooth L1 with β = 1, between target and prediction
     """
 
@@ -79,7 +81,7 @@ class Diffusion:
 
         mean = √ᾱ_{t−1} β_t/(1−ᾱ_t) x_0 + √α_t (1−ᾱ_{t−1})/(1−ᾱ_t) x_t. The variance is the reverse
         step's choice: "small" β̃_t (zero at t = 0), "large" β_t, with β̃_1 at t = 0, where no noise
-        is added.
+        is added; for "learned_range", which only the network knows, β̃_t.
         """
         _check_like("x0", x0, "x_t", x_t)
         c, d = (self._at(name, t, x_t) for name in ("posterior_x0", "posterior_x"))
@@ -108,6 +110,10 @@ class Diffusion:
         step: int | Tensor = 0,  # as normals of (key, step, stream 2) of the noise contract
     ) -> Tensor:
         """L_simple = mean ℓ(target, model(x_t, t)) (Ho et al. 2020, eq. 14), a float32 scalar."""
+        if self.variance == "learned_range":
+            raise ValueError(
+                "variance='learned_range' has no loss here: train with 'small' or 'large'"
+            )
         if t is None:
             t = torch.randint(self.T, (x0.shape[0],), device=x0.device)
         _check_steps(t, x0.shape[0], self.T)
@@ -221,9 +227,18 @@ def posterior_rows(
     from_x0 = beta * alpha_bar_prev.sqrt() / (1 - alpha_bar)
     from_x = (1 - alpha_bar_prev) * alpha.sqrt() / (1 - alpha_bar)
     small = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
-    if variance == "small":
+    if variance != "large":
         return from_x0, from_x, small
     large = beta.clone()
     if len(large) > 1:
         large[0] = small[1]
     return from_x0, from_x, large
+
+
+def log_variance_range(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, Tensor]:
+    """log β̃ and log β (n,) float64, between which a learned variance lies; β̃_1 for β̃_0 = 0."""
+    small, large = (
+        posterior_rows(alpha_bar, alpha_bar_prev, name)[2] for name in ("small", "large")
+    )
+    small = torch.cat([large[:1], small[1:]])
+    return small.log(), (1 - alpha_bar / alpha_bar_prev).log()

@@ -29,6 +29,15 @@ SCHEMAS = {
         "(Tensor x, Tensor model_out, Tensor coeffs, Tensor step, Tensor? seed, Tensor? noise, "
         "float clip, int offset) -> Tensor"
     ),
+    "reverse_step_general_fwd": (
+        "(Tensor(a!) x_next, Tensor(b!)? x0, Tensor(c!)? model_in, Tensor x, Tensor model_out, "
+        "Tensor? uncond, Tensor? grad, Tensor? x0_prev, Tensor? threshold, Tensor coeffs, "
+        "Tensor step, Tensor? seed, Tensor? noise, float guidance, float clip, int offset) -> ()"
+    ),
+    "reverse_step_threshold_fwd": (
+        "(Tensor(a!) threshold, Tensor x, Tensor model_out, Tensor? uncond, Tensor? grad, "
+        "Tensor coeffs, Tensor step, float guidance, float quantile) -> ()"
+    ),
     "forward_noise_fwd": (
         "(Tensor(a!) x_t, Tensor x0, Tensor coeffs, Tensor t, Tensor? seed, Tensor? step, "
         "Tensor? noise, int offset) -> ()"
@@ -118,6 +127,10 @@ def _reverse_step_fwd(x, model_out, coeffs, step, seed, noise, clip, offset):
     return torch.empty_like(x)
 
 
+def _writes_its_results(*args):
+    return None
+
+
 LOSSES = ("l1", "l2", "huber")  # the schemas' int loss, as csrc/kernels.h numbers them
 
 
@@ -149,6 +162,8 @@ FAKES = {
     "attention_fwd": _attention_fwd,
     "attention_bwd": _attention_bwd,
     "reverse_step_fwd": _reverse_step_fwd,
+    "reverse_step_general_fwd": _writes_its_results,
+    "reverse_step_threshold_fwd": _writes_its_results,
     "forward_noise_fwd": _forward_noise_fwd,
     "forward_noise_loss_fwd": _forward_noise_loss_fwd,
     "forward_noise_loss_slope_fwd": _forward_noise_loss_slope_fwd,

@@ -42,25 +42,75 @@ def noise_fwd(out: Tensor, seed: Tensor, step: Tensor, stream: int, offset: int)
     out.copy_(z.reshape(out.shape))
 
 
-def reverse_step_fwd(x, model_out, coeffs, step, seed, noise, clip: float, offset: int) -> Tensor:
-    """The sequence of elementwise kernels that samplers usually launch, in float32."""
+def _row(coeffs: Tensor, step: Tensor) -> Tensor:  # (5 or 10,)
     # index_select, not coeffs[step]: that reads the step back from the device.
     n_steps = coeffs.shape[0]
     inside = (step >= 0) & (step < n_steps)
-    row = torch.where(
+    return torch.where(
         inside, coeffs.index_select(0, step.clamp(0, n_steps - 1).reshape(1))[0], math.nan
     )
-    a, b, c, d, s = row.unbind()
+
+
+def _step_noise(x, seed, step, noise, offset: int) -> Tensor:
+    if noise is not None:
+        return noise.float()
+    noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    noise_fwd(noise, seed, step, 0, offset)
+    return noise
+
+
+def reverse_step_fwd(x, model_out, coeffs, step, seed, noise, clip: float, offset: int) -> Tensor:
+    """The sequence of elementwise kernels that samplers usually launch, in float32."""
+    a, b, c, d, s = _row(coeffs, step)[:5].unbind()
     state = x.float()
     x0 = a * state + b * model_out.float()
     if clip != math.inf:
         x0 = x0.clamp(-clip, clip)
-    if noise is None:
-        noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        noise_fwd(noise, seed, step, 0, offset)
     # A row without noise must not turn an infinite z into NaN, nor a NaN row into a number.
-    z = torch.where(s == 0, 0.0, s * noise.float())
+    z = torch.where(s == 0, 0.0, s * _step_noise(x, seed, step, noise, offset))
     return (c * x0 + d * state + z).to(x.dtype)
+
+
+def reverse_step_general(
+    x, model_out, uncond, grad, x0_prev, coeffs, step, seed, noise, guidance, clip, quantile, offset
+) -> tuple[Tensor, Tensor]:
+    """x_next and x0 in float32. quantile: of the dynamic threshold, or None."""
+    row, c = _row(coeffs, step), x.shape[1]
+    a, b, from_x0, from_x, s, e, g0, g1, lo, hi = F.pad(row, (0, 10 - len(row))).unbind()
+    state, out, v = x.float(), model_out[:, :c].float(), model_out[:, c:].float()
+    if uncond is not None:
+        out = torch.lerp(uncond[:, :c].float(), out, guidance)
+    x0 = a * state + b * out
+    if grad is not None:
+        grad = grad.float()
+        x0 = x0 + g0 * grad
+    if quantile is not None:
+        bound = _quantile(x0.abs().flatten(1), quantile).clamp(min=1)
+        bound = bound.reshape(-1, *[1] * (x.dim() - 1))
+        x0 = x0.clamp(-bound, bound) / bound
+    elif clip != math.inf:
+        x0 = x0.clamp(-clip, clip)
+    log_variance = torch.zeros_like(state)
+    if v.shape[1]:
+        log_variance = torch.where(lo == hi, lo, lo + (hi - lo) * (v + 1) / 2)
+    x_next = from_x0 * x0 + from_x * state
+    if x0_prev is not None:  # what a zero multiplies may be anything
+        x_next = x_next + torch.where(e == 0, 0.0, e * x0_prev.float())
+    if grad is not None:
+        x_next = x_next + g1 * log_variance.exp() * grad
+    z = (0.5 * log_variance).exp() * _step_noise(x, seed, step, noise, offset)
+    return x_next + torch.where(s == 0, 0.0, s * z), x0
+
+
+def _quantile(values: Tensor, p: float) -> Tensor:
+    """torch.quantile(values, p, 1), which takes 16 million values at most."""
+    ordered = values.sort(1).values
+    position = p * (values.shape[1] - 1)
+    low = int(position)
+    found = torch.lerp(
+        ordered[:, low], ordered[:, min(low + 1, values.shape[1] - 1)], position - low
+    )
+    return torch.where(ordered[:, -1].isnan(), math.nan, found)
 
 
 def _rows(coeffs: Tensor, t: Tensor, dim: int) -> tuple[Tensor, ...]:

@@ -12,6 +12,8 @@ OPS = (
     "group_norm_silu_fwd",
     "group_norm_silu_bwd",
     "reverse_step_fwd",
+    "reverse_step_general_fwd",
+    "reverse_step_threshold_fwd",
     "forward_noise_fwd",
     "forward_noise_loss_fwd",
     "forward_noise_loss_slope_fwd",
@@ -127,7 +129,7 @@ def group_norm_silu_bwd(
 def reverse_step_fwd(
     x: Tensor,  # (N, C, *S), like model_out and noise
     model_out: Tensor,
-    coeffs: Tensor,  # (n_steps, 5) float32
+    coeffs: Tensor,  # (n_steps, 5 or 10) float32
     step: Tensor,  # one int64, like seed
     seed: Tensor | None,
     noise: Tensor | None,
@@ -136,6 +138,46 @@ def reverse_step_fwd(
 ) -> Tensor:  # like x
     return torch.ops.engine.reverse_step_fwd.default(
         x, model_out, coeffs, step, seed, noise, clip, offset
+    )
+
+
+def reverse_step_general_fwd(
+    x_next: Tensor,  # written, like x0 and model_in; all dense, in x's layout
+    x0: Tensor | None,
+    model_in: Tensor | None,
+    x: Tensor,  # (N, C, *S), like grad, x0_prev and noise
+    model_out: Tensor,  # (N, C or 2·C, *S), like uncond
+    uncond: Tensor | None,
+    grad: Tensor | None,
+    x0_prev: Tensor | None,
+    threshold: Tensor | None,  # (N,) float32
+    coeffs: Tensor,  # (n_steps, 5 or 10) float32
+    step: Tensor,  # one int64, like seed
+    seed: Tensor | None,
+    noise: Tensor | None,
+    guidance: float,
+    clip: float,
+    offset: int,
+) -> None:
+    torch.ops.engine.reverse_step_general_fwd.default(
+        *(x_next, x0, model_in, x, model_out, uncond, grad, x0_prev, threshold, coeffs, step),
+        *(seed, noise, guidance, clip, offset),
+    )
+
+
+def reverse_step_threshold_fwd(
+    threshold: Tensor,  # (N,) float32, written
+    x: Tensor,  # as in reverse_step_general_fwd
+    model_out: Tensor,
+    uncond: Tensor | None,
+    grad: Tensor | None,
+    coeffs: Tensor,
+    step: Tensor,
+    guidance: float,
+    quantile: float,
+) -> None:
+    torch.ops.engine.reverse_step_threshold_fwd.default(
+        threshold, x, model_out, uncond, grad, coeffs, step, guidance, quantile
     )
 
 

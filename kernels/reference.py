@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -58,18 +59,61 @@ def attention(
 def reverse_step(
     x: Tensor,  # (N, C, *S)
     model_out: Tensor,  # (N, C, *S)
-    coeffs: Tensor,  # (n_steps, 5)
+    coeffs: Tensor,  # (n_steps, 5 or 10)
     step: int,
     noise: Tensor | None,  # (N, C, *S); None: zero
     clip: float | None = 1.0,
 ) -> Tensor:
-    """x0 = clip(a·x + b·out); x' = c·x0 + d·x + s·z with (a, b, c, d, s) = coeffs[step]."""
-    a, b, c, d, s = coeffs[step].unbind()
-    x0 = a * x + b * model_out
-    if clip is not None and clip != math.inf:
+    """x0 = clip(a·x + b·out); x' = c·x0 + d·x + s·z with (a, b, c, d, s, …) = coeffs[step]."""
+    return reverse_step_general(x, model_out, coeffs, step, noise, clip)[0]
+
+
+def reverse_step_general(
+    x: Tensor,  # (N, C, *S)
+    model_out: Tensor,  # (N, C, *S); (N, 2·C, *S) with a learned variance
+    coeffs: Tensor,  # (n_steps, 5 or 10)
+    step: int,
+    noise: Tensor | None,  # (N, C, *S); None: zero
+    clip: float | None = 1.0,
+    *,
+    uncond: Tensor | None = None,  # like model_out
+    guidance: float = 1.0,
+    grad: Tensor | None = None,  # (N, C, *S)
+    x0_prev: Tensor | None = None,  # (N, C, *S)
+    dynamic_threshold: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x_next, x0 with (a, b, c, d, s, e, g0, g1, lo, hi) = coeffs[step]; five columns: the rest 0.
+
+    out = uncond + w·(model_out − uncond) (Ho & Salimans 2022, eq. 6, with 1 + their w)
+    x0 = bound(a·x + b·out + g0·∇), ∇ = grad; bound: clip, or with a dynamic threshold p
+         clip(x0, ±m)/m, m = max(1, quantile p of |x0| in the sample) (Saharia et al. 2022, §2.3)
+    σ² = exp(lo + (hi − lo)·(v + 1)/2), v the second half of model_out's channels
+         (Nichol & Dhariwal 2021, eq. 15), or 1
+    x_next = c·x0 + d·x + e·x0_prev + g1·σ²·∇ + s·σ·z (Dhariwal & Nichol 2021, alg. 1 and 2, put
+             s·σ²·∇ here and √(1−ᾱ)·∇ into the predicted noise)
+    """
+    a, b, c, d, s, e, g0, g1, lo, hi = F.pad(coeffs[step], (0, 10 - coeffs.shape[1])).unbind()
+    channels, sigma = x.shape[1], torch.ones_like(x)
+    out, v = model_out[:, :channels], model_out[:, channels:]
+    if v.shape[1]:
+        sigma = torch.exp((lo + (hi - lo) * (v + 1) / 2) / 2)
+    if uncond is not None:
+        out = uncond[:, :channels] + guidance * (out - uncond[:, :channels])
+    x0 = a * x + b * out
+    if grad is not None:
+        x0 = x0 + g0 * grad
+    if dynamic_threshold is not None:
+        m = torch.quantile(x0.abs().flatten(1), dynamic_threshold, dim=1).clamp(min=1)
+        m = m.reshape(-1, *[1] * (x.dim() - 1))
+        x0 = x0.clamp(-m, m) / m
+    elif clip is not None and clip != math.inf:
         x0 = x0.clamp(-clip, clip)
     x_next = c * x0 + d * x
-    return x_next if noise is None else x_next + s * noise
+    if x0_prev is not None:
+        x_next = x_next + e * x0_prev
+    if grad is not None:
+        x_next = x_next + g1 * sigma**2 * grad
+    return x_next if noise is None else x_next + s * sigma * noise, x0
 
 
 def forward_noise(

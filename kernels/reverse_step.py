@@ -1,6 +1,6 @@
 """Triton: one reverse step in one launch.
 
-forward   row = coeffs[step] = (a, b, c, d, s);  x0 = clamp(a·x + b·model_out, ±clip)
+forward   row = coeffs[step] = (a, b, c, d, s, …);  x0 = clamp(a·x + b·model_out, ±clip)
           x_next = c·x0 + d·x + s·z,  z = noise, or normal offset + i of (seed, step, stream 0)
 backward  none: the sampler runs under inference_mode
 grid      one program per BLOCK quads of elements, in the contiguous (N, C, *S) order
@@ -10,7 +10,7 @@ bound by  reads of x and model_out, one write: 6 bytes an element in bf16, 12 in
 step, seed and the row are read from device memory, so that a captured launch can be replayed with
 other values. A noise that is given has x's dtype (ops rounds it). A channels_last tensor is
 addressed element by element: the number of its noise is that of the contiguous order whatever the
-layout. Launched with enable_fp_fusion=False (noise.py).
+layout. Launched with enable_fp_fusion=False (noise.py). Variants: reverse_step_general.py.
 """
 
 import torch
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from . import boundary
+from . import reverse_step_general as general
 from .noise import normals
 from .triton_base import programs, rounded
 from .triton_base import refusals as base_refusals
@@ -52,6 +53,7 @@ def _reverse_step_fwd_kernel(
     S,
     n_steps,
     offset,
+    COLUMNS: tl.constexpr,
     X_LAST: tl.constexpr,  # channels_last: x and x_next
     MODEL_OUT_LAST: tl.constexpr,
     NOISE_LAST: tl.constexpr,
@@ -59,7 +61,7 @@ def _reverse_step_fwd_kernel(
 ):
     step = tl.load(step_ptr)
     inside = (step >= 0) & (step < n_steps)
-    row_ptr = coeffs_ptr + step * 5
+    row_ptr = coeffs_ptr + step * COLUMNS
     a = tl.load(row_ptr, mask=inside, other=float("nan"))
     b = tl.load(row_ptr + 1, mask=inside, other=float("nan"))
     c = tl.load(row_ptr + 2, mask=inside, other=float("nan"))
@@ -93,7 +95,7 @@ def _reverse_step_fwd_kernel(
 def reverse_step_fwd(
     x: torch.Tensor,  # (N, C, *S) dense contiguous or channels_last
     model_out: torch.Tensor,  # (N, C, *S) either layout
-    coeffs: torch.Tensor,  # (n_steps, 5) float32 contiguous
+    coeffs: torch.Tensor,  # (n_steps, 5 or 10) float32 contiguous
     step: torch.Tensor,  # (1,) int64
     seed: torch.Tensor | None,  # (1,) int64
     noise: torch.Tensor | None,  # (N, C, *S) either layout
@@ -122,6 +124,7 @@ def reverse_step_fwd(
             n // (x.shape[0] * channels),
             coeffs.shape[0],
             offset,
+            COLUMNS=coeffs.shape[1],
             X_LAST=last[0],
             MODEL_OUT_LAST=last[1],
             NOISE_LAST=last[2],
@@ -132,8 +135,17 @@ def reverse_step_fwd(
     return x_next
 
 
-def refusals(op: str, x, model_out, coeffs, step, seed, noise, clip, offset) -> list[str]:
-    return base_refusals(x, model_out, noise)
+def refusals(
+    op: str, x, model_out, coeffs, step, seed, noise, clip, offset, *operands
+) -> list[str]:
+    found = base_refusals(x, model_out, noise, *operands)
+    if operands and x.numel() // max(x.shape[0], 1) >= 2**31 - 1:
+        found.append("a sample has 2^31 - 1 elements or more")
+    return found
+
+
+reverse_step_general_fwd = general.reverse_step_general_fwd
+reverse_step_threshold_fwd = general.reverse_step_threshold_fwd
 
 
 _library = boundary.define(boundary.TRITON, {"reverse_step_fwd": reverse_step_fwd})

@@ -4,7 +4,7 @@
 // barrier or a shuffle), then the next one of its warp runs; kernels without barriers are plain
 // loops. Caught here: a barrier or shuffle that not all threads reach, reads of shared memory that
 // nobody wrote (it is all NaN when a block starts), writes past the dynamic shared memory, and
-// launches that a device would refuse. Not modelled: partial masks, atomics, streams.
+// launches that a device would refuse. Not modelled: partial masks, streams, races of atomics.
 #pragma once
 #define ENGINE_CUDA_ON_CPU 1
 
@@ -250,6 +250,20 @@ using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+
+// Fibers change only at barriers and shuffles, so plain operations are atomic.
+template <typename T>
+T atomicAdd(T* address, T value) {
+  const T before = *address;
+  *address += value;
+  return before;
+}
+template <typename T>
+T atomicMin(T* address, T value) {
+  const T before = *address;
+  if (value < before) *address = value;
+  return before;
+}
 
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return a / b; }

@@ -157,6 +157,39 @@ py::array reverse_step_fwd(const py::array& x, bool x_last, const py::array& mod
   return x_next;
 }
 
+// Every operand: model_out (N, 2 C, S), the others (N, C, S), or all with channels last.
+// -> x_next, x0, model_in in bf16, threshold
+py::tuple reverse_step_general_fwd(py::dict operands, bool last, py::array_t<float> row,
+                                   int64_t seed, float guidance, int64_t rank, float fraction,
+                                   int threads) {
+  const auto array = [&](const char* name) { return operands[name].cast<py::array>(); };
+  const py::array x = array("x");
+  engine::ReverseStepGeneral p{};
+  p.N = x.shape(0), p.C = x.shape(last ? 2 : 1), p.S = x.shape(last ? 1 : 2);
+  const auto operand = [&](const char* name) {
+    const py::array a = array(name);
+    return engine::StepOperand{a.data(), dtype_of(a), last, a.size() / p.N, a.shape(2)};
+  };
+  p.x = operand("x"), p.model_out = operand("model_out"), p.uncond = operand("uncond");
+  p.grad = operand("grad"), p.x0_prev = operand("x0_prev"), p.v = p.model_out;
+  const int64_t half = last ? p.C : p.C * p.S;
+  p.v.data = static_cast<const char*>(p.v.data) + half * array("model_out").itemsize();
+  p.dtype = dtype_of(x), p.channels_last = last;
+  const int64_t step = 0;
+  p.coeffs = row.data(), p.n_steps = 1, p.columns = 10, p.step = &step, p.seed = &seed;
+  p.guidance = guidance;
+  py::array x_next = like(x), x0 = like(x);
+  py::array_t<uint16_t> model_in(x.size());
+  py::array_t<float> threshold(p.N);
+  p.x_next = x_next.mutable_data(), p.x0 = x0.mutable_data();
+  p.model_in = model_in.mutable_data(), p.model_in_dtype = DType::bf16;
+  engine::reverse_step_threshold_fwd_cpu(p, rank, fraction, threshold.mutable_data(),
+                                         threads_of(threads));
+  p.threshold = threshold.data();
+  engine::reverse_step_general_fwd_cpu(p, threads_of(threads));
+  return py::make_tuple(x_next, x0, model_in, threshold);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(native_module, m) {
@@ -166,6 +199,7 @@ PYBIND11_MODULE(native_module, m) {
   m.def("scalar_noise", &scalar_noise);
   m.def("philox_words", &philox_words);
   m.def("reverse_step_fwd", &reverse_step_fwd);
+  m.def("reverse_step_general_fwd", &reverse_step_general_fwd);
   m.def("isa_level", &engine::isa_level);
   m.def("limit_isa_level", &engine::limit_isa_level);
 }

@@ -18,7 +18,7 @@ def sources(op: str, backend: str) -> list[Path]:
         names = {"triton_base.py", "boundary.py"}
         names |= {
             "reverse_step": {"noise.py"},
-            "forward_noise": {"noise.py", "reverse_step.py"},
+            "forward_noise": {"noise.py", "reverse_step.py", "reverse_step_general.py"},
         }.get(op, set())
         names |= {p.name for p in (ROOT / "kernels").glob(f"{op}*.py")}
         return sorted(ROOT / "kernels" / name for name in names)

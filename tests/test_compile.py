@@ -41,9 +41,15 @@ def call(op: str, impl: str):
 
         step = torch.tensor(3, device=DEVICE)
 
+        wide = torch.rand(10, 10, device=DEVICE)
+
         def function(x, out):
             x = ops.reverse_step(x * 1, out, coeffs, step, key=5, impl=impl)
-            return ops.reverse_step(x, out, coeffs, 3, key=5, impl=impl)
+            x, x0 = ops.reverse_step(
+                *(x, out, wide, step), key=5, uncond=x, guidance=1.5, grad=out, x0_prev=x,
+                dynamic_threshold=0.9, return_x0=True, impl=impl,
+            )  # fmt: skip
+            return ops.reverse_step(x, x0, coeffs, 3, key=5, impl=impl)
 
     elif op == "forward_noise":
         leaves = [torch.randn(2, 3, 4, 4, device=DEVICE, requires_grad=True)]
@@ -155,10 +161,12 @@ def opcheck_arguments(op: str):
     stats = [torch.rand(2, 2, device=DEVICE) for _ in range(2)]
     q = torch.randn(1, 2, 9, 16, device=DEVICE)
     step, seed = (torch.tensor(v, device=DEVICE) for v in (3, 7))
-    coeffs = torch.rand(10, 5, device=DEVICE)
+    coeffs, wide = torch.rand(10, 5, device=DEVICE), torch.rand(10, 10, device=DEVICE)
     lse = torch.zeros(1, 2, 9, device=DEVICE)
     quads, t = torch.rand(10, 4, device=DEVICE), torch.tensor([1, 9], device=DEVICE)
     last = x.contiguous(memory_format=torch.channels_last)
+    results, results_last = [torch.empty_like(x) for _ in range(3)], torch.empty_like(last)
+    both, m, guided = torch.cat([x, last], 1), torch.rand(2, device=DEVICE), (2.5, 1.0, 0)
     return {
         "group_norm_silu_fwd": [
             (x, None, *operands, 2, 1e-5, True),
@@ -174,6 +182,11 @@ def opcheck_arguments(op: str):
             (x, x, coeffs, step, seed, None, 1.0, 0),
             (last, x, coeffs, step, None, x, 1.0, 0),
         ],
+        "reverse_step_general_fwd": [
+            (*results, x, both, None, last, x, m, wide, step, seed, None, 1.0, 1.0, 0),
+            (results_last, None, None, last, x, x, *[None] * 3, wide, step, None, x, *guided),
+        ],
+        "reverse_step_threshold_fwd": [(m, x, x, last, None, wide, step, 2.5, 0.9)],
         "forward_noise_fwd": [(torch.empty_like(last), x, quads, t, seed, step, None, 0)],
         "forward_noise_loss_fwd": [
             (last, x, quads, t, None, None, None, x, 0, 2),
@@ -198,8 +211,7 @@ def test_opcheck(op, impl_name, backend):
         pytest.skip("native has no attention kernel")
     if impl_name == "triton" and op in native.CPU_OPS:
         pytest.skip("native alone has this op")
-    stem = op.rsplit("_", 1)[0].removesuffix("_slope").removesuffix("_loss")
-    function, leaves = call(stem, impl_name)
+    function, leaves = call(next(name for name, _ in PRESENT if op.startswith(name)), impl_name)
     function(*leaves)  # loads and registers
     namespace = {"native": boundary.NATIVE, "triton": boundary.TRITON}[impl_name]
     overload = getattr(getattr(torch.ops, namespace), op).default

@@ -36,6 +36,9 @@ REGISTERS = {
     "noise_kernel": 40,
     "reverse_step_contiguous_kernel": 56,
     "reverse_step_channels_last_kernel": 40,
+    "reverse_step_general_planes_kernel": 56,
+    "reverse_step_general_quads_kernel": 40,
+    "reverse_step_threshold_kernel": 40,
 }
 SHARED = 16 * 1024
 

@@ -434,6 +434,53 @@ def test_reverse_step(kernels):
     check_reverse_step(kernels)
 
 
+@EXAMPLES
+@given(case=steps())
+def check_general_step(kernels, case):
+    """All operands at once: the tiles, the exponential and the selection of every level."""
+    rng = np.random.default_rng(case["seed"])
+    n, c, s = case["shape"]
+    dtype, last = case["dtype"], case["layouts"][0]
+    out_dtype, channels = case["model_dtype"], {"model_out": 2 * c, "uncond": 2 * c}
+    operands = {
+        name: encode(
+            rng.uniform(-2, 2, size=(n, channels.get(name, c), s)),
+            out_dtype if name in channels else dtype,
+        )
+        for name in ("x", "model_out", "uncond", "grad", "x0_prev")
+    }
+    row = rng.normal(size=10).astype(np.float32)
+    row[8:] = -2, 1  # log variances
+    position = 0.77 * (c * s - 1)
+    rank, fraction = int(position), position % 1
+    x_next, x0, model_in, threshold = kernels.reverse_step_general_fwd(
+        {k: in_layout(t, last) for k, t in operands.items()}, last, row, case["seed"], 1.5, rank,
+        fraction, 2,
+    )  # fmt: skip
+    a, b, k, d, sigma, e, g0, g1, lo, hi = row.astype(np.float64)
+    x, out, uncond, grad, prev = (decode(t).astype(np.float64) for t in operands.values())
+    v, out = out[:, c:], uncond[:, :c] + 1.5 * (out - uncond)[:, :c]
+    wanted = a * x + b * out + g0 * grad
+    ordered = np.sort(np.abs(wanted).reshape(n, -1))
+    high = ordered[:, min(rank + 1, c * s - 1)]
+    m = np.maximum(1, ordered[:, rank] + fraction * (high - ordered[:, rank]))
+    assert np.allclose(threshold, m, rtol=1e-6, atol=0)
+    m = m[:, None, None]
+    wanted = np.clip(wanted, -m, m) / m
+    z = kernels.scalar_noise(n * c * s, case["seed"], 0, 0, 0).reshape(n, c, s)
+    variance = np.exp(lo + (hi - lo) * (v + 1) / 2)
+    truth = k * wanted + d * x + e * prev + g1 * variance * grad + sigma * np.sqrt(variance) * z
+    near = {"rtol": 4 * EPS[dtype], "atol": 16 * EPS[dtype]}  # eight terms, two exponentials
+    assert np.allclose(in_layout(decode(x0), last), wanted, **near)
+    assert np.allclose(in_layout(decode(x_next), last), truth, **near)
+    rounded = in_layout(decode(model_in.reshape(x_next.shape)), last)
+    assert np.allclose(rounded, truth, rtol=EPS["bf16"], atol=EPS["bf16"])
+
+
+def test_general_step(kernels):
+    check_general_step(kernels)
+
+
 def test_reverse_step_outside_the_schedule_is_nan(kernels):
     x = np.zeros((1, 2, 5), np.float32)
     coeffs = np.ones((3, 5), np.float32)

@@ -33,6 +33,8 @@ KERNELS = {
     "_group_norm_silu_sums_kernel",
     "_noise_kernel",
     "_reverse_step_fwd_kernel",
+    "_reverse_step_general_kernel",
+    "_reverse_step_threshold_kernel",
 }
 
 
@@ -91,7 +93,7 @@ def test_attention_uses_tensor_cores(arch, reports):
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 def test_noise_is_not_contracted(arch, reports):
-    drawing = {"_noise_kernel", "_reverse_step_fwd_kernel"}
+    drawing = {"_noise_kernel", "_reverse_step_fwd_kernel", "_reverse_step_general_kernel"}
     drawing |= {name for name in KERNELS if "forward_noise" in name} - {
         "_forward_noise_loss_sum_kernel"
     }

@@ -123,6 +123,18 @@ def launches():
     last = meta(128, 3, 32, 32, dtype=bf16, last=True)
     yield "f32", reverse_step.reverse_step_fwd, (x, last, coeffs, step, key, None, 1.0, 0)
     yield "bf16 noise", reverse_step.reverse_step_fwd, (last, x, coeffs, step, None, x, 1.0, 0)
+    wide, m, out = meta(1000, 10), meta(128), meta(256, 6, 32, 32, dtype=bf16)
+    cond, uncond = out.chunk(2)
+    results, step_of = (x, x, meta(128, 3, 32, 32, dtype=bf16)), reverse_step.general
+    yield "2M", step_of.reverse_step_general_fwd, (
+        x, x, None, x, last, None, None, x, None, wide, step, key, None, 1.0, 1.0, 0
+    )  # fmt: skip
+    yield "all", step_of.reverse_step_general_fwd, (
+        *results, x, cond, uncond, x, x, m, wide, step, key, None, 2.5, 1.0, 0
+    )  # fmt: skip
+    yield "guided", step_of.reverse_step_threshold_fwd, (
+        m, x, cond[:, :3], uncond[:, :3], None, wide, step, 2.5, 0.995
+    )  # fmt: skip
 
     coeffs, t, weights = meta(1000, 4), meta(128, dtype=torch.int64), meta(128)
     pictures = meta(128, 3, 32, 32, dtype=torch.uint8)

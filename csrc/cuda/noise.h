@@ -1,4 +1,4 @@
-// Normals by their numbers, eight to a thread: what noise.cu and reverse_step.cu share.
+// Normals by their numbers, eight to a thread: what noise.cu and reverse_step*.cu share.
 #pragma once
 
 #include "../philox.h"
@@ -24,6 +24,23 @@ __device__ __forceinline__ void numbered_normals(int64_t seed, uint32_t step, ui
     const float high = shift & 1 ? w[j + 3] : w[j + 2];
     z[j] = shift & 2 ? high : low;
   }
+}
+
+// values[kPerThread] <- elements first ... of a tensor of `count`; zero outside.
+__device__ __forceinline__ void load_floats(const void* data, DType dtype, int64_t first,
+                                            int64_t count, float* values) {
+#define ENGINE_LOAD(T)                                                                     \
+  {                                                                                        \
+    const auto slot = load_slot<T, kPerThread>(static_cast<const T*>(data), first, count); \
+    for (int j = 0; j < kPerThread; ++j) values[j] = slot.get(j);                          \
+  }
+  if (dtype == DType::f32)
+    ENGINE_LOAD(float)
+  else if (dtype == DType::bf16)
+    ENGINE_LOAD(bf16)
+  else
+    ENGINE_LOAD(f16)
+#undef ENGINE_LOAD
 }
 
 }  // namespace engine

@@ -10,7 +10,7 @@
 // channels_last: one thread per quad of normals inside a plane (n, c), channels fastest, so that
 // neighbouring threads touch neighbouring elements and every normal of a quad is used.
 // Bytes per element: x, model_out (and noise) read once, x_next written once: 6 in bf16, 12 in
-// float32. Nothing is saved, nothing refused.
+// float32. Nothing is saved, nothing refused. Variants: reverse_step_general.cu.
 #include "noise.h"
 
 namespace engine {
@@ -25,7 +25,7 @@ struct Row {
 
 __device__ __forceinline__ Row coefficients(const ReverseStep& p, int64_t step) {
   if (step < 0 || step >= p.n_steps) return {0, 0, 0, 0, 0, false};
-  const float* row = p.coeffs + 5 * step;
+  const float* row = p.coeffs + p.columns * step;
   return {row[0], row[1], row[2], row[3], row[4], true};
 }
 
@@ -34,22 +34,6 @@ __device__ __forceinline__ float next(const Row& row, float clip, float x, float
   float x0 = row.a * x + row.b * m;
   x0 = x0 > clip ? clip : x0 < -clip ? -clip : x0;  // comparisons with NaN are false
   return row.c * x0 + row.d * x + row.s * z;
-}
-
-__device__ __forceinline__ void load_floats(const void* data, DType dtype, int64_t first,
-                                            int64_t count, float* values) {
-#define ENGINE_LOAD(T)                                                                     \
-  {                                                                                        \
-    const auto slot = load_slot<T, kPerThread>(static_cast<const T*>(data), first, count); \
-    for (int j = 0; j < kPerThread; ++j) values[j] = slot.get(j);                          \
-  }
-  if (dtype == DType::f32)
-    ENGINE_LOAD(float)
-  else if (dtype == DType::bf16)
-    ENGINE_LOAD(bf16)
-  else
-    ENGINE_LOAD(f16)
-#undef ENGINE_LOAD
 }
 
 template <typename T>
