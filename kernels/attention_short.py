@@ -23,6 +23,8 @@ from .attention_tiles import (
     SHORT,
     Tiles,
     add_product,
+    block_of,
+    has_wgmma,
     head_at,
     head_of,
     load_head,
@@ -38,7 +40,6 @@ from .attention_tiles import (
 from .triton_base import dot_operand, loop_count, programs
 
 LOG2E = tl.constexpr(math.log2(math.e))
-RESIDENT = 2**14  # elements of dk, and of dv, that a program keeps: half of all registers
 
 
 @triton.jit
@@ -211,13 +212,10 @@ def is_short_fwd(q: torch.Tensor, k: torch.Tensor) -> bool:
 
 
 def is_short_bwd(q: torch.Tensor, k: torch.Tensor) -> bool:
-    resident = block_of(k.shape[2]) * sum(pieces(q.shape[-1])) <= RESIDENT
-    return is_short_fwd(q, k) and q.shape[2] <= SHORT and resident
-
-
-def block_of(length: int) -> int:
-    """A power of two for so many rows; tl.dot needs 16."""
-    return max(16, triton.next_power_of_2(length))
+    """dk and dv, whole, take half of all registers (wgmma), or three eighths."""
+    wide, wgmma = sum(pieces(q.shape[-1])), has_wgmma(q.device)
+    fits = block_of(k.shape[2]) * wide <= (2**14 if wgmma else 3 * 2**12) and wide <= 128
+    return is_short_fwd(q, k) and q.shape[2] <= SHORT and fits
 
 
 def chunks(head_dim: int) -> tuple[int, int]:
@@ -253,7 +251,7 @@ def short_fwd(q, k, v, out, lse, size: float, sign: int) -> None:
             BLOCK_S=rows,
             BLOCK_K=block_k,
             SIGN=sign,
-            num_warps=4,
+            num_warps=8 if block_k == SHORT else 4,
             num_stages=2,
             enable_fp_fusion=True,
         )
@@ -261,7 +259,9 @@ def short_fwd(q, k, v, out, lse, size: float, sign: int) -> None:
 
 def tiles_bwd(q: torch.Tensor, keys: int) -> Tiles:
     block_k, wide = block_of(keys), sum(pieces(q.shape[-1]))
-    t = Tiles(block_k, 32, 8, 1) if block_k * wide > RESIDENT // 2 else Tiles(block_k, 32, 4, 1)
+    large = block_k * wide > 2**12
+    few = block_k * wide > 3 * 2**12 or not has_wgmma(q.device)
+    t = Tiles(block_k, 16 if few else 32, 8 if large else 4, 1)
     return t._replace(moving=min(t.moving, block_of(q.shape[2])))
 
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_base import dot_operand, rounded
+from .triton_base import _capability, dot_operand, rounded
 
 MAX_HEAD_DIM = 512
 MAX_PIECE = 256
@@ -177,35 +177,46 @@ def pieces(head_dim: int) -> tuple[int, int]:
     return (first, second) if first + second < whole or whole > MAX_PIECE else (whole, 0)
 
 
+def has_wgmma(device: torch.device) -> bool:
+    """Whether products read both operands from shared memory (wgmma of sm_90, tcgen05 of sm_100).
+
+    mma.sync, of all other chips, holds them in registers: tiles must be smaller there.
+    """
+    return device.type != "cuda" or _capability(device)[0] in (9, 10)
+
+
 def tiles(q: torch.Tensor, owned: int, read: int, stage: str) -> Tiles:
     """Sizes that fit 99 KB of shared memory, the least of compute capability 8 and up, and the
     registers (tests/test_triton_compile.py holds both); not yet tuned on a device.
 
-    wgmma (sm_90) needs 64 rows that a program owns for every four warps.
+    wgmma needs 64 rows that a program owns for every four warps.
     """
-    wide = sum(pieces(q.shape[-1]))
+    wide, wgmma = sum(pieces(q.shape[-1])), has_wgmma(q.device)
     if q.dtype == torch.float32:
         # No tensor cores: few registers.
         t = Tiles(16, 16, 8, 1, 16)
     elif stage == "fwd":
         if wide > 256:
             t = Tiles(64, 32, 8, 2, 64)
-        elif wide > 128:
-            t = Tiles(64, 16, 8, 2)
+        elif wide > 192 or (wide > 128 and not wgmma):
+            t = Tiles(64, 32, 8, 2) if wgmma else Tiles(64, 16, 8, 2)
         elif wide > 64:
             t = Tiles(128, 32, 8, 2)
         else:
             t = Tiles(128, 64, 4, 2)
-    elif wide > 256:
-        t = Tiles(64, 32, 8, 1, 64)
+    elif wide > (192 if stage == "dkdv" else 256) or (wide > 128 and not wgmma):
+        t = Tiles(64, 32, 8, 1, 64) if wgmma else Tiles(32, 32, 8, 1, 64)
     elif wide > 128:
         t = Tiles(64, 16, 8, 1)
     else:
         t = Tiles(64, 32, 4, 2)
     # tl.dot needs 16 rows; more than there are would be idle
-    fixed = min(t.fixed, max(16, triton.next_power_of_2(owned)))
-    moving = min(t.moving, max(16, triton.next_power_of_2(read)))
-    return t._replace(fixed=fixed, moving=moving)
+    return t._replace(fixed=min(t.fixed, block_of(owned)), moving=min(t.moving, block_of(read)))
+
+
+def block_of(length: int) -> int:
+    """A power of two for so many rows; tl.dot needs 16."""
+    return max(16, triton.next_power_of_2(length))
 
 
 def widths(q: torch.Tensor) -> dict:
