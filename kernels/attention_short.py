@@ -219,16 +219,18 @@ def is_short_bwd(q: torch.Tensor, k: torch.Tensor) -> bool:
 
 
 def chunks(head_dim: int) -> tuple[int, int]:
-    """(CHUNK, TAIL): D as whole chunks of at most 64 columns and one narrower piece ≥ 16."""
-    chunk = max(16, min(64, 1 << (head_dim.bit_length() - 1)))
-    rest = head_dim % chunk
-    return chunk, max(16, triton.next_power_of_2(rest)) if rest else 0
+    """(CHUNK, TAIL): D as whole chunks and one narrower piece, at least 16 wide.
+
+    Chunks of 64 and a tail spilled (D = 96 on sm_90, 80 on sm_80).
+    """
+    chunk = 16 if head_dim < 32 else 32
+    return chunk, 16 * triton.cdiv(head_dim % chunk, 16)
 
 
 def short_fwd(q, k, v, out, lse, size: float, sign: int) -> None:
     n, heads, length, head_dim = q.shape
-    keys = k.shape[2]
-    rows, block_k = min(64, block_of(length)), block_of(keys)
+    keys, wgmma = k.shape[2], has_wgmma(q.device)
+    rows, block_k = min(64 if wgmma else 32, block_of(length)), block_of(keys)
     chunk, tail = chunks(head_dim)
     every, vector = strides(q, k, v, out)
     with torch.cuda.device_of(q):
@@ -251,7 +253,7 @@ def short_fwd(q, k, v, out, lse, size: float, sign: int) -> None:
             BLOCK_S=rows,
             BLOCK_K=block_k,
             SIGN=sign,
-            num_warps=8 if block_k == SHORT else 4,
+            num_warps=8 if wgmma and block_k == SHORT else 4,
             num_stages=2,
             enable_fp_fusion=True,
         )

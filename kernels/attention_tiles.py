@@ -197,15 +197,19 @@ def tiles(q: torch.Tensor, owned: int, read: int, stage: str) -> Tiles:
         t = Tiles(16, 16, 8, 1, 16)
     elif stage == "fwd":
         if wide > 256:
-            t = Tiles(64, 32, 8, 2, 64)
-        elif wide > 192 or (wide > 128 and not wgmma):
-            t = Tiles(64, 32, 8, 2) if wgmma else Tiles(64, 16, 8, 2)
+            t = Tiles(64 if wgmma else 32, 32, 8, 2, 64)
+        elif wide > 128 and not wgmma:
+            t = Tiles(64, 16, 8, 2)
+        elif wide > 192:
+            t = Tiles(64, 32, 8, 2)
         elif wide > 64:
             t = Tiles(128, 32, 8, 2)
         else:
             t = Tiles(128, 64, 4, 2)
-    elif wide > (192 if stage == "dkdv" else 256) or (wide > 128 and not wgmma):
-        t = Tiles(64, 32, 8, 1, 64) if wgmma else Tiles(32, 32, 8, 1, 64)
+    elif wide > 256 or (stage, wide, wgmma) == ("dkdv", 256, True):
+        t = Tiles(64 if wgmma else 32, 32, 8, 1, 64)
+    elif wide > 160 and wide < 256 and not wgmma:
+        t = Tiles(32, 32, 8, 1, 64)
     elif wide > 128:
         t = Tiles(64, 16, 8, 1)
     else:

@@ -56,13 +56,10 @@ def empty_heads(q: torch.Tensor, length: int, head_dim: int) -> torch.Tensor:
     return q.new_empty((n, length, heads, head_dim)).transpose(1, 2)
 
 
-QKV_ORDERS = {"3hd": "(3, heads, D)", "h3d": "(heads, 3, D)", "hd3": "(heads, D, 3)"}
-
-
 def split_qkv(
     qkv: torch.Tensor,  # (N, S, 3·heads·D)
     heads: int,
-    order: str,  # of the channels: one of QKV_ORDERS
+    order: str,  # of the channels, slowest first: "3hd", "h3d" or "hd3"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k, v (N, heads, S, D): views, for "hd3" of stride 3 along D."""
     head_dim = qkv.shape[2] // (3 * heads)
