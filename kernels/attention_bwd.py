@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from . import boundary
+from .attention_short import is_short_bwd, short_bwd
 from .attention_tiles import (
     add_product,
     head_at,
@@ -29,7 +30,6 @@ from .attention_tiles import (
     tiles,
     widths,
 )
-from .attention_short import is_short_bwd, short_bwd
 from .triton_base import dot_operand, loop_count, programs
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -274,7 +274,9 @@ def long_bwd(dout, q, k, v, out, lse, dq, dk, dv, scale: float) -> None:
         )
         t = tiles(q, keys, length, "dkdv")
         # Both sums of a head wider than 256 would fill the registers: then each has its launch.
-        for dk_too, dv_too in ((True, True),) if head_dim <= 256 else ((True, False), (False, True)):
+        for dk_too, dv_too in (
+            ((True, True),) if head_dim <= 256 else ((True, False), (False, True))
+        ):
             _attention_dkdv_kernel[programs(triton.cdiv(keys, t.fixed) * n * heads)](
                 *inputs,
                 dk,

@@ -1,7 +1,7 @@
 """Triton: attention of at most 256 keys in 16 bits: whole rows of scores in registers.
 
-forward   s = q kᵀ over D in chunks; m = max s; p = exp((s - m)·scale) / Σ; out = p v in chunks of D:
-          nothing is rescaled, and the registers hold the scores, not the output, whatever D
+forward   s = q kᵀ over D in chunks; m = max s; p = exp((s - m)·scale) / Σ; out = p v:
+          in chunks of D; nothing is rescaled, and the registers hold scores, not sums, whatever D
 backward  all keys of a head in one program, which goes through the queries once:
           p = exp(q kᵀ·scale - lse);  dv += pᵀ dout;  dp = dout vᵀ;  δ = rowsum(p ∘ dp), which is
           rowsum(dout ∘ out);  ds = p ∘ (dp - δ);  dk += scale·dsᵀ q;  dq = scale·ds k, complete
