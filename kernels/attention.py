@@ -6,14 +6,16 @@ forward   out = softmax(q kᵀ·scale) v, a block of queries against all keys, b
           total = α·total + Σp;  acc = α·acc + p v;  at the end out = acc / total
 grid      one program per (block of queries, head)
 saved     out and lse = ln Σ exp(q kᵀ·scale) (N, heads, S) float32
-refused   head_dim > 256 (the tiles fill the registers and 99 KB of shared memory); a scale that is
-          not finite; unequal dtypes, dtypes other than float32, bfloat16, float16; CPU tensors
-          outside the interpreter
+refused   head_dim > 512; a scale that is not finite; unequal dtypes, dtypes other than float32,
+          bfloat16, float16; CPU tensors outside the interpreter
 bound by  4·S·Sk·D flop on tensor cores (float32: in full precision on the other cores) and S·Sk
-          exponentials; for short sequences by the bytes of q, k, v and out
+          exponentials; for short sequences by bytes: q, k, v and out, 2·(S + Sk)·D elements
 
-Any strides but the head dimension's, which is 1: packed qkv is read in place. The head dimension is
-padded to a power of two with masks. Source: Dao 2023, FlashAttention-2, alg. 1.
+At most 256 keys in 16 bits go another way: attention_short.py. Any strides but the head dimension's,
+which is one for q, k, v (1, or 3 in packed qkv of order "hd3") and 1 for out: packed qkv is read,
+and its gradient written, in place. A head is two pieces (attention_tiles.py): compiled for sm_90
+both stay on wgmma, without spills. Above 256 scores are formed 64 columns at a time.
+Source: Dao 2023, FlashAttention-2, alg. 1.
 """
 
 import math

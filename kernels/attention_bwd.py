@@ -5,8 +5,10 @@ backward  p = exp(q kᵀ·scale - lse), recomputed;  δ = rowsum(dout ∘ out); 
 grid      δ: one program per (block of queries, head); dk and dv: per (block of keys, head), over
           all queries; dq: per (block of queries, head), over all keys
 sums      float32, single writer, fixed order, no atomics: the same bits on every run
-bound by  14·S·Sk·D flop on tensor cores (seven products: p and dout vᵀ are formed twice)
+bound by  14·S·Sk·D flop on tensor cores (seven products: p and dout vᵀ are formed twice; eight
+          above D = 256, where dk and dv have a launch each)
 
+At most 256 queries and keys in 16 bits go another way, with five products: attention_short.py.
 Source: Dao 2023, FlashAttention-2, alg. 2, with dq in a launch of its own instead of atomics.
 """
 

@@ -1,14 +1,15 @@
 """Triton: attention of at most 256 keys in 16 bits: whole rows of scores in registers.
 
-forward   s = q kᵀ over D in chunks; m = max s; p = exp((s - m)·scale) / Σ; out = p v:
-          in chunks of D; nothing is rescaled, and the registers hold scores, not sums, whatever D
+forward   s = q kᵀ over D in chunks; m = max s; p = exp((s - m)·scale) / Σ; out = p v, in chunks:
+          nothing is rescaled, and the registers hold scores, not sums, whatever D
 backward  all keys of a head in one program, which goes through the queries once:
           p = exp(q kᵀ·scale - lse);  dv += pᵀ dout;  dp = dout vᵀ;  δ = rowsum(p ∘ dp), which is
           rowsum(dout ∘ out);  ds = p ∘ (dp - δ);  dk += scale·dsᵀ q;  dq = scale·ds k, complete
 grid      forward: one program per (block of queries, head); backward: per head
 sums      float32, single writer, fixed order, no atomics: the same bits on every run
 taken     by 16-bit dtypes (a float32 product, without tensor cores, would hold a row of p in every
-          thread); backward: at most 256 queries too, and keys·D whose dk and dv fit the registers
+          thread); backward: at most 256 queries too, D ≤ 128 and keys·D ≤ 2¹⁴ (256·64, 128·128;
+          3·2¹² without wgmma), so that dk and dv fit the registers: 64 x 192 spilled 56 bytes
 bound by  bytes: forward q, k, v, out; backward q, k, v, dout, dq, dk, dv, each once (2 per element;
           forward: k and v once per block of queries, from cache); 4 and 10·S·Sk·D flop
 """

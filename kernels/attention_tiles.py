@@ -160,10 +160,13 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     chunk: int = 0  # columns of a product at a time; 0: whole pieces
+    registers: int = 0  # at most; 0: as ptxas likes, which may spill to fit one more block
 
     @property
     def options(self) -> dict:
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.registers:
+            options["maxnreg"] = self.registers
         return options | {"CHUNK": self.chunk, "enable_fp_fusion": True}
 
 
@@ -193,8 +196,11 @@ def tiles(q: torch.Tensor, owned: int, read: int, stage: str) -> Tiles:
     """
     wide, wgmma = sum(pieces(q.shape[-1])), has_wgmma(q.device)
     if q.dtype == torch.float32:
-        # No tensor cores: few registers.
-        t = Tiles(16, 16, 8, 1, 16)
+        # No tensor cores: both operands of a product lie in registers.
+        small = wide > {"fwd": 192, "dkdv": 32, "dq": 256}[stage]
+        block = 16 if small else 32
+        # Left to itself, and at 255 too, ptxas spills 8 to 16 bytes of some of them.
+        t = Tiles(block, block, 8, 1, 16, registers=240)
     elif stage == "fwd":
         if wide > 256:
             t = Tiles(64 if wgmma else 32, 32, 8, 2, 64)
