@@ -285,6 +285,8 @@ def check_qkv(impl, shape, order, dtype, *, view="contiguous", dout_view="contig
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", PACKED)
 def test_qkv(impl, shape, dtype, order):
+    if shape == "257" and (dtype == torch.float32 or order == "h3d"):
+        pytest.skip("the interpreter is slow: 16 bits are enough")
     check_qkv(impl, PACKED[shape], order, dtype)
 
 

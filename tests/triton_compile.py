@@ -25,7 +25,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 WIDE = re.compile(
     r"\b(?:ld|st)\.global\S*\.(?:v4\.b32|v2\.b64)|cp\.async\.cg\.\S+ .*?, (?:0x10|16)"
 )
-TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
+TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
 HEAD_DIMS = (16, 32, 40, 48, 64, 80, 96, 128, 144, 160, 192, 256, 512)
 ALL = os.environ.get("ENGINE_COMPILE_ALL", "0") != "0"  # every head dim in every way: minutes
 
@@ -46,14 +46,14 @@ class TargetOnly:
         return 0
 
 
-def report(label: str, kernel, seconds: float) -> dict:
+def report(arch: int, label: str, kernel, seconds: float) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
 
         # Disassembling takes as long as compiling: only where instructions are looked for.
         products = "_attention" in kernel.name and "delta" not in kernel.name
-        what = ["--dump-resource-usage"] + ["--dump-sass"] * products
+        what = ["--dump-resource-usage"] + ["--dump-sass"] * (products and arch == 90)
         command = [CUOBJDUMP, *what, file.name]
         dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = dict(re.findall(r"\b(REG|STACK):(\d+)", dump))
@@ -65,7 +65,7 @@ def report(label: str, kernel, seconds: float) -> dict:
         "stack": int(usage["STACK"]),  # bytes; registers are spilled there and nowhere else
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
-        "tensor_core": len(TENSOR_CORE.findall(dump)) if products else None,
+        "tensor_core": len(TENSOR_CORE.findall(ptx)) if products else None,
         "hgmma": dump.count("HGMMA"),
         "wide_access": len(WIDE.findall(ptx)),
         "fma": ptx.count("fma.rn.f32"),
@@ -163,7 +163,7 @@ def main(arch: int) -> None:
         kernel = compile_only(self, *args, grid=grid, warmup=True, **kwargs)
         if kernel.hash not in seen:
             seen.add(kernel.hash)
-            print(json.dumps(report(label, kernel, time.perf_counter() - start)), flush=True)
+            print(json.dumps(report(arch, label, kernel, time.perf_counter() - start)), flush=True)
         return kernel
 
     JITFunction.run = run
