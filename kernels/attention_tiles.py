@@ -199,8 +199,8 @@ def tiles(q: torch.Tensor, owned: int, read: int, stage: str) -> Tiles:
         # No tensor cores: both operands of a product lie in registers.
         small = wide > {"fwd": 192, "dkdv": 32, "dq": 256}[stage]
         block = 16 if small else 32
-        # Left to itself, and at 255 too, ptxas spills 8 to 16 bytes of some of them.
-        t = Tiles(block, block, 8, 1, 16, registers=240)
+        # Left to itself, and at 255 from D = 160 on, ptxas spills 8 to 16 bytes of some of them.
+        t = Tiles(block, block, 8, 1, 16, registers=255 if wide < 160 else 240)
     elif stage == "fwd":
         if wide > 256:
             t = Tiles(64 if wgmma else 32, 32, 8, 2, 64)
