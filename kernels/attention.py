@@ -14,7 +14,8 @@ bound by  4·S·Sk·D flop on tensor cores (float32: in full precision on the ot
 At most 256 keys in 16 bits go another way: attention_short.py. Any strides but the head
 dimension's, which is one for q, k, v (1, or 3 in packed qkv of order "hd3") and 1 for out: packed
 qkv is read, and its gradient written, in place. A head is two pieces (attention_tiles.py):
-compiled for sm_90 both stay on wgmma, without spills. Above 256 scores are formed 64 columns at a time.
+compiled for sm_90 both stay on wgmma, without spills. Above 256 scores are formed 64 columns at a
+time.
 Source: Dao 2023, FlashAttention-2, alg. 1.
 """
 
