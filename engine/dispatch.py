@@ -26,6 +26,12 @@ SAMPLING = ("reverse_step", "forward_noise")  # their kernels have no gradient t
 EVIDENCE_FILE = Path(__file__).with_name("evidence.json")
 
 
+# GPU name → shapes of attention at which a committed benchmark shows PyTorch's SDPA ahead of our
+# kernels. An entry: {"D": [64, 64], "S": [1024, 4096], "Sk": [1024, 4096], "source": "…json"},
+# bounds included; a size that it leaves out may be any.
+SDPA_FASTER_FILE = Path(__file__).with_name("sdpa_faster.json")
+
+
 class BackendError(RuntimeError):
     """An explicit `impl` or ENGINE_BACKEND cannot serve this call."""
 
@@ -133,6 +139,32 @@ def cases_on(device: torch.device, op: str, backend: str) -> int:
     return proved.get(backend, {}).get("cases", 0)
 
 
+@cache
+def _sdpa_faster() -> dict:
+    return json.loads(SDPA_FASTER_FILE.read_text())
+
+
+def sdpa_faster(op: str, backend: str, args: tuple) -> str:
+    """The benchmark that shows PyTorch's SDPA ahead at this call's shape; "" where none does."""
+    if op != "attention" or backend != "triton" or args[0].device.type != "cuda":
+        return ""
+    entries = _entries_on(args[0].device)
+    if not entries:
+        return ""
+    _, _, s, d = args[0].shape
+    sizes = {"D": d, "S": s, "Sk": args[1].shape[2]}
+    for entry in entries:
+        bounds = ((size, entry.get(name)) for name, size in sizes.items())
+        if all(b is None or b[0] <= size <= b[1] for size, b in bounds):
+            return entry["source"]
+    return ""
+
+
+@_constant
+def _entries_on(device: torch.device) -> list:
+    return _sdpa_faster().get(torch.cuda.get_device_name(device), [])
+
+
 def evidence(op: str, backend: str, device: torch.device) -> str:
     """What is known of a path beyond "it serves"; "" where there is nothing to add."""
     if backend == "triton" and device.type == "cpu":
@@ -158,6 +190,8 @@ def pick(op: str, impl: str, *args) -> str:
         device = args[0].device
         for backend in ORDER[op].get(device.type, ("eager",)):
             if device.type == "cuda" and backend != "eager" and not cases_on(device, op, backend):
+                continue
+            if sdpa_faster(op, backend, args):
                 continue
             if not refusals(op, backend, args):
                 return backend
@@ -185,9 +219,18 @@ def table(op: str, *args) -> str:
         reasons = refusals(op, backend, args)
         verdict = "refuses: " + "; ".join(reasons) if reasons else "serves"
         known = "" if reasons else evidence(op, backend, x.device)
+        if not reasons and (source := sdpa_faster(op, backend, args)):
+            known += f"; at this shape PyTorch's SDPA (eager) is faster: {source}"
         note = f" ({known})" if known else ""
         lines.append(f"  {backend:7s}{verdict}{note}{arrow if backend == chosen else ''}")
     return "\n".join(lines)
+
+
+def split_qkv(qkv: torch.Tensor, num_heads: int, order: str) -> tuple[torch.Tensor, ...]:
+    """q, k, v (N, heads, S, D) as views of a packed tensor, as every back end splits it."""
+    from .kernels import boundary
+
+    return boundary.split_qkv(qkv, num_heads, order)
 
 
 def function(op: str, stage: str, backend: str):

@@ -372,9 +372,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, height * width, c)  # a view
-        qkv = self.qkv(tokens).view(n, height * width, 3, self.num_heads, c // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (N, heads, S, D), strided views
-        out = ops.attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
+        out = ops.attention_qkv(self.qkv(tokens), self.num_heads)
         return x + self.proj_out(out).view(n, height, width, c).permute(0, 3, 1, 2)
 
 

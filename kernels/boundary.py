@@ -25,6 +25,13 @@ SCHEMAS = {
         "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale) -> "
         "(Tensor dq, Tensor dk, Tensor dv)"
     ),
+    "attention_qkv_fwd": (
+        "(Tensor qkv, int heads, str order, float scale) -> (Tensor out, Tensor lse)"
+    ),
+    "attention_qkv_bwd": (
+        "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int heads, str order, float scale) -> "
+        "Tensor"
+    ),
     "reverse_step_fwd": (
         "(Tensor x, Tensor model_out, Tensor coeffs, Tensor step, Tensor? seed, Tensor? noise, "
         "float clip, int offset) -> Tensor"
@@ -87,6 +94,24 @@ def empty_like_pair(x: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
 
 
+def split_qkv(
+    qkv: torch.Tensor,  # (N, S, 3·heads·D)
+    heads: int,
+    order: str,  # of the channels, slowest first: "3hd", "h3d" or "hd3"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v (N, heads, S, D): views, for "hd3" of stride 3 along D."""
+    head_dim = qkv.shape[2] // (3 * heads)
+    sizes = {"3": 3, "h": heads, "d": head_dim}
+    parts = qkv.unflatten(2, [sizes[name] for name in order])
+    at = {name: 2 + i for i, name in enumerate(order)}
+    return parts.permute(at["3"], 0, at["h"], 1, at["d"]).unbind()
+
+
+def merged(out: torch.Tensor) -> torch.Tensor:
+    """(N, heads, S, D) of empty_heads as (N, S, heads·D), a view."""
+    return out.transpose(1, 2).flatten(2)
+
+
 def _group_norm_silu_fwd(x, x2, weight, bias, add, scale, shift, num_groups, eps, silu):
     stats = (x.shape[0], num_groups)
     return (
@@ -121,6 +146,15 @@ def _attention_fwd(q, k, v, scale):
 
 def _attention_bwd(dout, q, k, v, out, lse, scale):
     return tuple(empty_heads(t, t.shape[2], t.shape[3]) for t in (q, k, v))
+
+
+def _attention_qkv_fwd(qkv, heads, order, scale):
+    n, s, channels = qkv.shape
+    return qkv.new_empty((n, s, channels // 3)), qkv.new_empty((n, heads, s), dtype=torch.float32)
+
+
+def _attention_qkv_bwd(dout, qkv, out, lse, heads, order, scale):
+    return torch.empty_like(qkv)
 
 
 def _reverse_step_fwd(x, model_out, coeffs, step, seed, noise, clip, offset):
@@ -161,6 +195,8 @@ FAKES = {
     "group_norm_silu_bwd": _group_norm_silu_bwd,
     "attention_fwd": _attention_fwd,
     "attention_bwd": _attention_bwd,
+    "attention_qkv_fwd": _attention_qkv_fwd,
+    "attention_qkv_bwd": _attention_qkv_bwd,
     "reverse_step_fwd": _reverse_step_fwd,
     "reverse_step_general_fwd": _writes_its_results,
     "reverse_step_threshold_fwd": _writes_its_results,

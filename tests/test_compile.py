@@ -12,9 +12,16 @@ from engine import ops
 OP = "all"
 PRESENT = [
     (op, backend)
-    for op in ("group_norm_silu", "attention", "reverse_step", "forward_noise", "noise")
+    for op in (
+        "group_norm_silu",
+        "attention",
+        "attention_qkv",
+        "reverse_step",
+        "forward_noise",
+        "noise",
+    )
     for backend in ("eager", "native", "triton")
-    if (op, backend) != ("attention", "native")
+    if not (op.startswith("attention") and backend == "native")
 ]
 
 
@@ -34,6 +41,12 @@ def call(op: str, impl: str):
 
         def function(q, k, v):
             return ops.attention(q * 1, k, v, impl=impl)
+
+    elif op == "attention_qkv":
+        leaves = [torch.randn(1, 9, 96, device=DEVICE, requires_grad=True)]
+
+        def function(qkv):
+            return ops.attention_qkv(qkv * 1, 2, "hd3", impl=impl)
 
     elif op == "reverse_step":
         leaves = [torch.randn(2, 3, 4, 4, device=DEVICE) for _ in range(2)]
@@ -89,7 +102,8 @@ def test_fullgraph(op, impl_name, backend):
 
 
 @pytest.mark.parametrize(
-    "op", ["group_norm_silu", "attention", "reverse_step", "forward_noise", "noise"]
+    "op",
+    ["group_norm_silu", "attention", "attention_qkv", "reverse_step", "forward_noise", "noise"],
 )
 def test_inductor(op):
     """The default backend of torch.compile, which fuses what eager does: forward and backward."""
@@ -162,7 +176,7 @@ def opcheck_arguments(op: str):
     q = torch.randn(1, 2, 9, 16, device=DEVICE)
     step, seed = (torch.tensor(v, device=DEVICE) for v in (3, 7))
     coeffs, wide = torch.rand(10, 5, device=DEVICE), torch.rand(10, 10, device=DEVICE)
-    lse = torch.zeros(1, 2, 9, device=DEVICE)
+    lse, qkv = torch.zeros(1, 2, 9, device=DEVICE), torch.randn(1, 9, 96, device=DEVICE)
     quads, t = torch.rand(10, 4, device=DEVICE), torch.tensor([1, 9], device=DEVICE)
     last = x.contiguous(memory_format=torch.channels_last)
     results, results_last = [torch.empty_like(x) for _ in range(3)], torch.empty_like(last)
@@ -178,6 +192,8 @@ def opcheck_arguments(op: str):
         ],
         "attention_fwd": [(q, q, q, 0.25)],
         "attention_bwd": [(q, q, q, q, q, lse, 0.25)],
+        "attention_qkv_fwd": [(qkv, 2, "h3d", 0.25)],
+        "attention_qkv_bwd": [(qkv[:, :, :32], qkv, qkv[:, :, :32], lse, 2, "hd3", 0.25)],
         "reverse_step_fwd": [
             (x, x, coeffs, step, seed, None, 1.0, 0),
             (last, x, coeffs, step, None, x, 1.0, 0),

@@ -49,6 +49,33 @@ def test_proved_on_this_gpu(file, op):
     assert list(json.loads(file.read_text())[GPU][op]) == ["triton"]
 
 
+class OnGpuHeads(OnGpu):
+    shape = (2, 8, 1024, 64)
+
+
+def test_sdpa_where_it_is_faster(file, monkeypatch, tmp_path):
+    """A committed benchmark sends `auto` to PyTorch's SDPA at its shapes, and explain names it."""
+    proof.record(GPU, Counter({("attention", "triton"): 9}), Counter(), file)
+    table = tmp_path / "sdpa_faster.json"
+    monkeypatch.setattr(dispatch, "SDPA_FASTER_FILE", table)
+    entry = {"D": [64, 64], "S": [512, 4096], "source": "benchmarks/results/gpu.json"}
+    for gpu, sizes, expected in (
+        (GPU, {}, "eager"),
+        ("another GPU", {}, "triton"),
+        (GPU, {"S": [2048, 4096]}, "triton"),
+        (GPU, {"D": [80, 80]}, "triton"),
+        (GPU, {"Sk": [77, 77]}, "triton"),
+    ):
+        table.write_text(json.dumps({gpu: [entry | sizes]}))
+        dispatch._sdpa_faster.cache_clear()
+        call = (OnGpuHeads(), OnGpuHeads(), OnGpuHeads(), 0.1)
+        assert dispatch.pick("attention", "auto", *call) == expected, (gpu, sizes)
+        assert ("SDPA (eager) is faster: benchmarks" in dispatch.table("attention", *call)) == (
+            expected == "eager"
+        )
+    dispatch._sdpa_faster.cache_clear()
+
+
 def test_a_failure_takes_the_proof_away(file):
     both = Counter({("noise", "triton"): 5, ("noise", "native"): 5})
     proof.record(GPU, both, Counter(), file)

@@ -19,6 +19,8 @@ KERNELS = {
     "_attention_dkdv_kernel",
     "_attention_dq_kernel",
     "_attention_fwd_kernel",
+    "_attention_short_bwd_kernel",
+    "_attention_short_fwd_kernel",
     "_forward_noise_fwd_kernel",
     "_forward_noise_loss_bwd_kernel",
     "_forward_noise_loss_kernel",
@@ -89,6 +91,9 @@ def test_attention_uses_tensor_cores(arch, reports):
             assert r["tensor_core"] == 0, f"float32 must stay in full precision: {r}"
         else:
             assert r["tensor_core"] > 0, f"no tensor cores: {r}"
+            # The warp-group instructions, wherever a program owns the 64 rows that they need.
+            if arch == 90:
+                assert r["hgmma"] > 0, f"no wgmma: {r}"
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
@@ -104,7 +109,12 @@ def test_noise_is_not_contracted(arch, reports):
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 def test_memory_is_read_16_bytes_at_a_time(arch, reports):
     for r in reports[arch]:
-        odd = ("2,96,7,7", "8,64,1,1", "1023,1000", "offset")
+        odd = ("2,96,7,7", "8,64,1,1", "1023,1000", "offset", "hd3", "77,77")
+        # A float32 head so narrow leaves each of 256 threads fewer than four elements.
+        if "_attention" in r["kernel"] and r["label"].endswith(
+            (",16 float32", ",32 float32", ",40 float32", ",48 float32")
+        ):
+            continue
         aligned = not any(text in r["label"] for text in odd)
         if aligned and "merge" not in r["kernel"] and "_sum_kernel" not in r["kernel"]:
             assert r["wide_access"] > 0, f"narrow loads: {r}"

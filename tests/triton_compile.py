@@ -25,7 +25,9 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 WIDE = re.compile(
     r"\b(?:ld|st)\.global\S*\.(?:v4\.b32|v2\.b64)|cp\.async\.cg\.\S+ .*?, (?:0x10|16)"
 )
-TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
+TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
+HEAD_DIMS = (16, 32, 40, 48, 64, 80, 96, 128, 144, 160, 192, 256, 512)
+ALL = os.environ.get("ENGINE_COMPILE_ALL", "0") != "0"  # every head dim in every way: minutes
 
 
 class TargetOnly:
@@ -44,14 +46,14 @@ class TargetOnly:
         return 0
 
 
-def report(label: str, kernel, seconds: float) -> dict:
+def report(arch: int, label: str, kernel, seconds: float) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
 
         # Disassembling takes as long as compiling: only where instructions are looked for.
         products = "_attention" in kernel.name and "delta" not in kernel.name
-        what = ["--dump-resource-usage"] + ["--dump-sass"] * products
+        what = ["--dump-resource-usage"] + ["--dump-sass"] * (products and arch == 90)
         command = [CUOBJDUMP, *what, file.name]
         dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = dict(re.findall(r"\b(REG|STACK):(\d+)", dump))
@@ -63,7 +65,8 @@ def report(label: str, kernel, seconds: float) -> dict:
         "stack": int(usage["STACK"]),  # bytes; registers are spilled there and nowhere else
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
-        "tensor_core": len(TENSOR_CORE.findall(dump)) if products else None,
+        "tensor_core": len(TENSOR_CORE.findall(ptx)) if products else None,
+        "hgmma": dump.count("HGMMA"),
         "wide_access": len(WIDE.findall(ptx)),
         "fma": ptx.count("fma.rn.f32"),
         "seconds": round(seconds, 2),
@@ -75,7 +78,7 @@ def meta(*shape: int, dtype=torch.float32, last: bool = False) -> torch.Tensor:
     return t.contiguous(memory_format=torch.channels_last) if last else t
 
 
-def launches():
+def launches(arch: int):
     """(label, launcher, arguments): layouts, dtypes and sizes of real models, on meta tensors."""
     from engine.kernels import attention, forward_noise, group_norm_silu, noise, reverse_step
 
@@ -108,13 +111,25 @@ def launches():
         yield label, attention.attention_fwd, (q, k, k, d**-0.5)
         yield label, attention.attention_bwd, (out, q, k, k, out, lse, d**-0.5)
 
-    yield from attend(2, 8, 4096, 77, 40, f16)  # padded to 64, with the tiles of 64
-    yield from attend(2, 8, 1024, 1024, 128, bf16)
+    # Each head dim in each way on one of the architectures.
+    ways = ((1024, bf16), (256, f16), (1024, f32))
+    for i, d in enumerate(HEAD_DIMS):
+        for j, (s, dtype) in enumerate(ways):
+            if ALL or (i + j) % 3 == (80, 90, 100).index(arch):
+                yield from attend(8, 4, s, s, d, dtype)
+    for s, d in ((64, 64), (128, 128), (77, 40)):  # the backward of few keys
+        yield from attend(8, 4, s, s, d, bf16)
+    yield from attend(2, 8, 4096, 77, 40, f16)
     yield from attend(2, 8, 1023, 1000, 128, bf16)  # ends of blocks are masked
-    yield from attend(128, 1, 256, 256, 256, bf16)
-    yield from attend(64, 4, 64, 64, 64, f32)
-    yield from attend(8, 2, 1023, 1000, 128, f32)
-    yield from attend(8, 2, 1024, 1024, 256, f32)
+    for order in ("3hd", "hd3"):
+        qkv, out, lse = (
+            meta(8, 256, 768, dtype=bf16),
+            meta(8, 256, 256, dtype=bf16),
+            meta(8, 4, 256),
+        )
+        label = f"qkv {order}"
+        yield label, attention.attention_qkv_fwd, (qkv, 4, order, 0.1)
+        yield label, attention.attention_qkv_bwd, (out, qkv, out, lse, 4, order, 0.1)
 
     key, step = meta(1, dtype=torch.int64), meta(1, dtype=torch.int64)
     yield "f32", noise.noise_fwd, (meta(1 << 20), key, step, 0, 0)
@@ -150,6 +165,10 @@ def launches():
 
 def main(arch: int) -> None:
     triton.runtime.driver.set_active(TargetOnly(arch))
+    from engine.kernels import attention_short, attention_tiles
+
+    for module in (attention_short, attention_tiles):  # of a device that is not there
+        module.has_wgmma = lambda device: arch in (90, 100)
     compile_only, label, seen = JITFunction.run, "", set()
 
     def run(self, *args, grid, warmup, **kwargs):
@@ -157,11 +176,11 @@ def main(arch: int) -> None:
         kernel = compile_only(self, *args, grid=grid, warmup=True, **kwargs)
         if kernel.hash not in seen:
             seen.add(kernel.hash)
-            print(json.dumps(report(label, kernel, time.perf_counter() - start)), flush=True)
+            print(json.dumps(report(arch, label, kernel, time.perf_counter() - start)), flush=True)
         return kernel
 
     JITFunction.run = run
-    for label, launcher, arguments in launches():  # noqa: B007
+    for label, launcher, arguments in launches(arch):  # noqa: B007
         launcher(*arguments)
 
 

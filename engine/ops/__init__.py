@@ -5,7 +5,7 @@ Every op takes `impl`: "auto" (ENGINE_BACKEND, else the first back end that does
 other view is copied once to contiguous for native and triton, and `explain` says so.
 """
 
-from .attention import attention
+from .attention import attention, attention_qkv
 from .explain import explain
 from .forward_noise import forward_noise, forward_noise_loss
 from .group_norm_silu import group_norm_silu
@@ -17,6 +17,7 @@ __all__ = [
     "STEP_NOISE",
     "TRAINING_NOISE",
     "attention",
+    "attention_qkv",
     "explain",
     "forward_noise",
     "forward_noise_loss",

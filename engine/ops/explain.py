@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import dispatch
 from .attention import arguments as attention_arguments
+from .attention import arguments_qkv as attention_qkv_arguments
 from .forward_noise import arguments as forward_noise_arguments
 from .group_norm_silu import arguments as group_norm_silu_arguments
 from .layout import is_dense
@@ -15,6 +16,7 @@ from .reverse_step import arguments as reverse_step_arguments
 ARGUMENTS = {  # op → its call's arguments as a back end gets them, checked
     "group_norm_silu": group_norm_silu_arguments,
     "attention": attention_arguments,
+    "attention_qkv": attention_qkv_arguments,  # q, k, v as views: the choice is attention's
     "reverse_step": reverse_step_arguments,
     "forward_noise": forward_noise_arguments,
     "noise": noise_arguments,
@@ -35,10 +37,12 @@ def explain(op: str, *args, **kwargs) -> None:
     except TypeError as error:
         raise ValueError(f"explain: {error}, expected {op}{signature}") from None
     call = ARGUMENTS[op](*args, **kwargs)
-    print(dispatch.table(op, *call))
+    print(dispatch.table("attention" if op == "attention_qkv" else op, *call))
     copied = [t for t in call if isinstance(t, Tensor) and t.dim() > 2 and not is_dense(t)]
     if op == "attention" and any(t.stride(-1) != 1 for t in call[:3]):
         print("  note: q, k or v has a stride along D; triton copies it once")
+    if op == "attention_qkv" and (qkv := args[0] if args else kwargs["qkv"]).stride(-1) != 1:
+        print(f"  note: qkv's channels have stride {qkv.stride(-1)}; triton copies it once")
     if op in ("group_norm_silu", "reverse_step", "forward_noise") and copied:
         print(
             f"  note: {len(copied)} tensor(s) neither contiguous nor channels_last (first: strides "
