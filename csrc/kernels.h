@@ -25,27 +25,31 @@ struct Operand {
 
 // y = act(GN(x + add) * (1 + scale) + shift), GN(u) = (u - mean) * rstd * weight + bias.
 struct GroupNormSilu {
-  int64_t N, C, S, G;  // batch, channels, spatial size, groups; C % G == 0
+  int64_t N, C, S, G;  // batch, channels (of x and x2), spatial size, groups; C % G == 0
   float eps;
   bool silu;           // act is SiLU; else the identity
   bool channels_last;  // x (and y, dx) are (N, S, C) in memory; else (N, C, S)
-  DType dtype;         // of x, y, dy, dx
+  DType dtype;         // of x, x2, y, dy, dx, dx2
   const void* x;
+  // A pair: the last C2 channels lie in x2, (N, C2, S) in the layout of x, which has the others.
+  const void* x2 = nullptr;
+  int64_t C2 = 0;
   Operand weight, bias;       // (C,)
   Operand add, scale, shift;  // (N, C)
 };
 
-// Gradients of the forward. Every pointer but dx may be null: that gradient is not wanted.
+// Gradients of the forward. Every pointer but dx (and dx2 of a pair) may be null: not wanted.
 struct GroupNormSiluGrads {
-  void* dx;        // dtype and layout of x
+  void* dx;        // dtype, shape and layout of x
   float* dweight;  // (C,)
   float* dbias;    // (C,)
   float* dadd;     // (N, C) contiguous, like dscale and dshift
   float* dscale;
   float* dshift;
+  void* dx2 = nullptr;  // of x2
 };
 
-// mean, rstd: (N, G) float32. y: dtype and layout of x.
+// mean, rstd: (N, G) float32. y: (N, C, S), dtype and layout of x.
 void group_norm_silu_fwd_cpu(const GroupNormSilu& p, void* y, float* mean, float* rstd,
                              const ParallelFor& parallel_for);
 void group_norm_silu_fwd_cuda(const GroupNormSilu& p, void* y, float* mean, float* rstd,

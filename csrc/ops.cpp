@@ -11,6 +11,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "kernels.h"
 
@@ -34,6 +35,9 @@ using OptionalTensor = std::optional<Tensor>;
 struct Cpu {
   explicit Cpu(const Tensor&) {}
 
+  static void check_no_pair(const engine::GroupNormSilu& p) {
+    STD_TORCH_CHECK(p.x2 == nullptr, "the CPU kernels read no pair (x, x2) yet");
+  }
   static void run(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
     torch::stable::parallel_for(0, n, grain, body);
   }
@@ -42,11 +46,13 @@ struct Cpu {
     return pool;
   }
   void group_norm_silu_fwd(const engine::GroupNormSilu& p, void* y, float* mean, float* rstd) {
+    check_no_pair(p);
     engine::group_norm_silu_fwd_cpu(p, y, mean, rstd, parallel_for());
   }
   void group_norm_silu_bwd(const engine::GroupNormSilu& p, const void* dy, bool dy_channels_last,
                            const float* mean, const float* rstd, float* workspace,
                            const engine::GroupNormSiluGrads& grads) {
+    check_no_pair(p);
     engine::group_norm_silu_bwd_cpu(p, dy, dy_channels_last, mean, rstd, workspace, grads,
                                     parallel_for());
   }
@@ -157,9 +163,8 @@ Shape shape_of(const Tensor& x, const char* name) {
   return shape;
 }
 
-// True when x is (N, S, C) in memory, false when it is (N, C, S) or both; other layouts raise.
-bool is_channels_last(const Tensor& x, const char* name) {
-  if (x.is_contiguous()) return false;
+// Whether x is (N, S, C) in memory.
+bool reads_channels_last(const Tensor& x) {
   const auto sizes = x.sizes(), strides = x.strides();
   int64_t expected = sizes[1];
   bool dense = sizes[1] == 1 || strides[1] == 1;
@@ -167,8 +172,13 @@ bool is_channels_last(const Tensor& x, const char* name) {
     dense &= sizes[i] == 1 || strides[i] == expected;
     expected *= sizes[i];
   }
-  dense &= sizes[0] == 1 || strides[0] == expected;
-  STD_TORCH_CHECK(dense, name, " must be contiguous or channels_last");
+  return dense && (sizes[0] == 1 || strides[0] == expected);
+}
+
+// True when x is (N, S, C) in memory, false when it is (N, C, S) or both; other layouts raise.
+bool is_channels_last(const Tensor& x, const char* name) {
+  if (x.is_contiguous()) return false;
+  STD_TORCH_CHECK(reads_channels_last(x), name, " must be contiguous or channels_last");
   return true;
 }
 
@@ -215,6 +225,8 @@ Tensor allocate(const Tensor& like, const int64_t* sizes, int64_t dim, ScalarTyp
   return Tensor(handle);
 }
 
+constexpr int64_t kNone[] = {0};  // the size of an absent operand's gradient
+
 Tensor allocate_floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return allocate(like, sizes.begin(), static_cast<int64_t>(sizes.size()), ScalarType::Float);
 }
@@ -228,27 +240,58 @@ Tensor allocate_like(const Tensor& x) {
   return allocate(x, sizes.data(), static_cast<int64_t>(sizes.size()), x.scalar_type());
 }
 
+// (N, C, *S) like x, which has fewer channels.
+Tensor allocate_channels(const Tensor& x, int64_t C, bool channels_last) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes[1] = C;
+  if (!channels_last) {
+    return allocate(x, sizes.data(), static_cast<int64_t>(sizes.size()), x.scalar_type());
+  }
+  using torch::headeronly::MemoryFormat;
+  const auto format = sizes.size() == 5 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast;
+  return torch::stable::empty(sizes, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                              format);
+}
+
 float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
 // ---- Ops ----------------------------------------------------------------------------------------
 
-engine::GroupNormSilu group_norm_silu_params(const Tensor& x, const OptionalTensor& weight,
+// The second half of a pair, whose layout decides where that of x is both.
+void add_pair(const Tensor& x, const Tensor& x2, engine::GroupNormSilu* p) {
+  check_device(x2, x, "x2");
+  STD_TORCH_CHECK(x2.scalar_type() == x.scalar_type(), "x2 must have the dtype of x");
+  const auto a = x.sizes(), b = x2.sizes();
+  bool fits = a.size() == b.size() && b[1] > 0;
+  for (size_t i = 0; fits && i < a.size(); ++i) fits = i == 1 || a[i] == b[i];
+  STD_TORCH_CHECK(fits, "x2 must have the shape of x but for its channels");
+  p->channels_last |= !x2.is_contiguous() && reads_channels_last(x);
+  STD_TORCH_CHECK(p->channels_last ? reads_channels_last(x2) : x2.is_contiguous(),
+                  "x2 must have the layout of x");
+  p->x2 = x2.data_ptr();
+  p->C2 = b[1];
+}
+
+engine::GroupNormSilu group_norm_silu_params(const Tensor& x, const OptionalTensor& x2,
+                                             const OptionalTensor& weight,
                                              const OptionalTensor& bias, const OptionalTensor& add,
                                              const OptionalTensor& scale,
                                              const OptionalTensor& shift, int64_t num_groups,
                                              double eps, bool silu) {
-  const Shape shape = shape_of(x, "x");
+  Shape shape = shape_of(x, "x");
   STD_TORCH_CHECK(shape.N > 0 && shape.C > 0 && shape.S > 0, "x must not be empty");
+  engine::GroupNormSilu p;
+  p.channels_last = is_channels_last(x, "x");
+  if (x2) add_pair(x, *x2, &p);
+  shape.C += p.C2;
   STD_TORCH_CHECK(num_groups > 0 && shape.C % num_groups == 0, "num_groups = ", num_groups,
                   " must divide the ", shape.C, " channels of x");
-  engine::GroupNormSilu p;
   p.N = shape.N;
   p.C = shape.C;
   p.S = shape.S;
   p.G = num_groups;
   p.eps = static_cast<float>(eps);
   p.silu = silu;
-  p.channels_last = is_channels_last(x, "x");
   p.dtype = dtype_of(x, "x");
   p.x = x.data_ptr();
   p.weight = per_channel(weight, x, shape.C, "weight");
@@ -261,25 +304,31 @@ engine::GroupNormSilu group_norm_silu_params(const Tensor& x, const OptionalTens
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu_fwd(
-    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& add, const OptionalTensor& scale, const OptionalTensor& shift,
-    int64_t num_groups, double eps, bool silu) {
-  const auto p = group_norm_silu_params(x, weight, bias, add, scale, shift, num_groups, eps, silu);
+    const Tensor& x, const OptionalTensor& x2, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& add, const OptionalTensor& scale,
+    const OptionalTensor& shift, int64_t num_groups, double eps, bool silu) {
+  const auto p =
+      group_norm_silu_params(x, x2, weight, bias, add, scale, shift, num_groups, eps, silu);
   Device device(x);
-  Tensor y = allocate_like(x);
+  Tensor y = x2 ? allocate_channels(x, p.C, p.channels_last) : allocate_like(x);
   Tensor mean = allocate_floats(x, {p.N, p.G}), rstd = allocate_floats(x, {p.N, p.G});
   device.group_norm_silu_fwd(p, y.data_ptr(), floats(mean), floats(rstd));
   return {y, mean, rstd};
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(
-    const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& add, const OptionalTensor& scale, const OptionalTensor& shift,
-    const Tensor& mean, const Tensor& rstd, int64_t num_groups, bool silu) {
-  const auto p = group_norm_silu_params(x, weight, bias, add, scale, shift, num_groups, 0.0, silu);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(
+    const Tensor& dy, const Tensor& x, const OptionalTensor& x2, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& add, const OptionalTensor& scale,
+    const OptionalTensor& shift, const Tensor& mean, const Tensor& rstd, int64_t num_groups,
+    bool silu) {
+  const auto p =
+      group_norm_silu_params(x, x2, weight, bias, add, scale, shift, num_groups, 0.0, silu);
   check_device(dy, x, "dy");
-  check_same_shape(dy, x, "dy");
+  const auto sizes = dy.sizes(), half = x.sizes();
+  bool same = sizes.size() == half.size();
+  for (size_t i = 0; same && i < half.size(); ++i) same = sizes[i] == (i == 1 ? p.C : half[i]);
+  STD_TORCH_CHECK(same, "dy must have the shape (N, C, *S) of the result");
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy must have the dtype of x");
   const bool dy_channels_last = is_channels_last(dy, "dy");
   for (const Tensor* t : {&mean, &rstd}) {
@@ -289,7 +338,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(
                     "mean and rstd must be contiguous float32 of shape (N, num_groups)");
   }
   Device device(x);
-  Tensor dx = allocate_like(x);
+  Tensor dx = allocate_like(x),
+         dx2 = x2 ? allocate_like(*x2) : allocate(x, kNone, 1, x.scalar_type());
   Tensor workspace = allocate_floats(x, {3, p.N, p.C});
   const auto channel_grad = [&](const OptionalTensor& t) {
     return allocate_floats(x, {t ? p.C : 0});
@@ -301,6 +351,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(
   Tensor dadd = sample_grad(add), dscale = sample_grad(scale), dshift = sample_grad(shift);
   engine::GroupNormSiluGrads grads;
   grads.dx = dx.data_ptr();
+  grads.dx2 = x2 ? dx2.data_ptr() : nullptr;
   grads.dweight = weight ? floats(dweight) : nullptr;
   grads.dbias = bias ? floats(dbias) : nullptr;
   grads.dadd = add ? floats(dadd) : nullptr;
@@ -308,7 +359,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(
   grads.dshift = shift ? floats(dshift) : nullptr;
   device.group_norm_silu_bwd(p, dy.data_ptr(), dy_channels_last, floats(mean), floats(rstd),
                              floats(workspace), grads);
-  return {dx, dweight, dbias, dadd, dscale, dshift};
+  return {dx, dx2, dweight, dbias, dadd, dscale, dshift};
 }
 
 template <class Device>
@@ -499,13 +550,14 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
 
 STABLE_TORCH_LIBRARY(ENGINE_NS, m) {
   m.def(
-      "group_norm_silu_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor? add, Tensor? scale, "
-      "Tensor? shift, int num_groups, float eps, bool silu) -> (Tensor y, Tensor mean, Tensor "
-      "rstd)");
+      "group_norm_silu_fwd(Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? add, "
+      "Tensor? scale, Tensor? shift, int num_groups, float eps, bool silu) -> (Tensor y, Tensor "
+      "mean, Tensor rstd)");
   m.def(
-      "group_norm_silu_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? add, Tensor? "
-      "scale, Tensor? shift, Tensor mean, Tensor rstd, int num_groups, bool silu) -> (Tensor dx, "
-      "Tensor dweight, Tensor dbias, Tensor dadd, Tensor dscale, Tensor dshift)");
+      "group_norm_silu_bwd(Tensor dy, Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? "
+      "add, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, int num_groups, bool silu) -> "
+      "(Tensor dx, Tensor dx2, Tensor dweight, Tensor dbias, Tensor dadd, Tensor dscale, Tensor "
+      "dshift)");
   m.def(
       "reverse_step_fwd(Tensor x, Tensor model_out, Tensor coeffs, Tensor step, Tensor? seed, "
       "Tensor? noise, float clip, int offset) -> Tensor");

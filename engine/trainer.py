@@ -47,7 +47,7 @@ def describe(model, device: torch.device, precision: torch.dtype) -> str:
     x = torch.zeros(2, 32, 8, 8, device=device, dtype=precision)
     x = x.to(memory_format=torch.channels_last)
     heads = torch.zeros(2, 1, 64, 32, device=device, dtype=precision)
-    norm = pick("group_norm_silu", "auto", x, None, None, None, None, None, 8, 1e-5, True)
+    norm = pick("group_norm_silu", "auto", x, *[None] * 6, 8, 1e-5, True)
     attention = pick("attention", "auto", heads, heads, heads, 0.2)
     count = sum(p.numel() for p in model.parameters()) / 1e6
     return (

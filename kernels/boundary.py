@@ -10,13 +10,15 @@ NATIVE, TRITON = "engine", "engine_triton"
 
 SCHEMAS = {
     "group_norm_silu_fwd": (
-        "(Tensor x, Tensor? weight, Tensor? bias, Tensor? add, Tensor? scale, Tensor? shift, "
-        "int num_groups, float eps, bool silu) -> (Tensor y, Tensor mean, Tensor rstd)"
+        "(Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? add, Tensor? scale, "
+        "Tensor? shift, int num_groups, float eps, bool silu) -> "
+        "(Tensor y, Tensor mean, Tensor rstd)"
     ),
     "group_norm_silu_bwd": (
-        "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? add, Tensor? scale, "
-        "Tensor? shift, Tensor mean, Tensor rstd, int num_groups, bool silu) -> "
-        "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dadd, Tensor dscale, Tensor dshift)"
+        "(Tensor dy, Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? add, "
+        "Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, int num_groups, bool silu) -> "
+        "(Tensor dx, Tensor dx2, Tensor dweight, Tensor dbias, Tensor dadd, Tensor dscale, "
+        "Tensor dshift)"
     ),
     "attention_fwd": "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor lse)",
     "attention_bwd": (
@@ -49,24 +51,48 @@ def empty_heads(q: torch.Tensor, length: int, head_dim: int) -> torch.Tensor:
     return q.new_empty((n, length, heads, head_dim)).transpose(1, 2)
 
 
-def _group_norm_silu_fwd(x, weight, bias, add, scale, shift, num_groups, eps, silu):
+def _formats(t: torch.Tensor) -> tuple[bool, bool]:
+    """Whether t is contiguous, whether it is channels_last; both where S or C is 1."""
+    last = torch.channels_last_3d if t.dim() == 5 else torch.channels_last
+    return t.is_contiguous(), t.is_contiguous(memory_format=last)
+
+
+def mixed(x: torch.Tensor, x2: torch.Tensor) -> bool:
+    """Whether one half of a pair is contiguous, the other channels_last."""
+    a, b = _formats(x), _formats(x2)
+    return any(a) and any(b) and not ((a[0] and b[0]) or (a[1] and b[1]))
+
+
+def empty_like_pair(x: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
+    """(N, C + C2, *S) in the layout of x, or of x2 where x is both contiguous and channels_last."""
+    first = _formats(x)
+    last = not first[0] or (first[1] and not x2.is_contiguous())
+    form = torch.contiguous_format
+    if last:
+        form = torch.channels_last_3d if x.dim() == 5 else torch.channels_last
+    shape = (x.shape[0], x.shape[1] + x2.shape[1], *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
+
+
+def _group_norm_silu_fwd(x, x2, weight, bias, add, scale, shift, num_groups, eps, silu):
     stats = (x.shape[0], num_groups)
     return (
-        torch.empty_like(x),
+        torch.empty_like(x) if x2 is None else empty_like_pair(x, x2),
         x.new_empty(stats, dtype=torch.float32),
         x.new_empty(stats, dtype=torch.float32),
     )
 
 
 def _group_norm_silu_bwd(
-    dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu
+    dy, x, x2, weight, bias, add, scale, shift, mean, rstd, num_groups, silu
 ):  # absent operands have gradients of shape (0,)
     def grad(operand, *shape):
         return x.new_empty(shape if operand is not None else (0,), dtype=torch.float32)
 
-    n, c = x.shape[:2]
+    n, c = dy.shape[:2]
     return (
         torch.empty_like(x),
+        x.new_empty((0,)) if x2 is None else torch.empty_like(x2),
         grad(weight, c),
         grad(bias, c),
         grad(add, n, c),

@@ -13,8 +13,9 @@ def refusals(op: str, *args) -> list[str]:
     return []
 
 
-def group_norm_silu(x, weight, bias, add, scale, shift, num_groups, eps, silu) -> Tensor:
-    """group_norm, the conditioning, silu: each in x.dtype, as in a U-Net of that dtype."""
+def group_norm_silu(x, x2, weight, bias, add, scale, shift, num_groups, eps, silu) -> Tensor:
+    """cat, group_norm, the conditioning, silu: each in x.dtype, as in a U-Net of that dtype."""
+    x = x if x2 is None else torch.cat((x, x2), dim=1)
 
     def cast(t: Tensor | None, *shape: int) -> Tensor | None:
         return None if t is None else t.to(x.dtype).reshape(*shape, *[1] * (x.dim() - 2))

@@ -240,6 +240,7 @@ def _group_norm_silu_apply_kernel(
 
 def group_norm_silu_fwd(
     x: torch.Tensor,  # (N, C, *S) dense contiguous or channels_last
+    x2: torch.Tensor | None,
     weight: torch.Tensor | None,  # (C,)
     bias: torch.Tensor | None,  # (C,)
     add: torch.Tensor | None,  # (N, C) any row stride, like scale and shift
@@ -288,10 +289,12 @@ def group_norm_silu_fwd(
     return y, mean, rstd
 
 
-def refusals(op: str, x, weight, bias, add, scale, shift, num_groups, eps, silu) -> list[str]:
+def refusals(op: str, x, x2, weight, bias, add, scale, shift, num_groups, eps, silu) -> list[str]:
     reasons = base_refusals(x, weight, bias, add, scale, shift)
     if x.numel() // (x.shape[0] * x.shape[1]) >= 2**31:
         reasons.append("has 32-bit positions: needs fewer than 2^31 a channel")
+    if x2 is not None:
+        reasons.append("reads no pair (a, b) yet")
     return reasons
 
 

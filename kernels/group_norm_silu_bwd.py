@@ -183,6 +183,7 @@ def _group_norm_silu_small_kernel(
 def group_norm_silu_bwd(
     dy: torch.Tensor,  # (N, C, *S) dense contiguous or channels_last
     x: torch.Tensor,  # (N, C, *S) either layout
+    x2: torch.Tensor | None,
     weight: torch.Tensor | None,  # (C,)
     bias: torch.Tensor | None,  # (C,)
     add: torch.Tensor | None,  # (N, C) any row stride, like scale and shift
@@ -245,4 +246,4 @@ def group_norm_silu_bwd(
             _group_norm_silu_small_kernel[(triton.cdiv(C, SMALL_C),)](
                 weight, bias, scale, rstd, abx, s12, *grads, *sizes, **group, **blocks
             )
-    return dx, *(workspace(0) if t is None else t for t in grads)
+    return dx, x.new_empty((0,)), *(workspace(0) if t is None else t for t in grads)

@@ -67,7 +67,14 @@ def refusals(op: str, *args) -> list[str]:
     for t in args:
         if isinstance(t, Tensor) and t.dtype not in DTYPES and t.is_floating_point():
             return [f"needs float32, bfloat16 or float16, got {t.dtype}"]
+    if op == "group_norm_silu" and args[1] is not None:
+        return pair_refusals(args[0], args[1])
     return []
+
+
+def pair_refusals(x: Tensor, x2: Tensor) -> list[str]:
+    """Why x and x2 are not read as one tensor."""
+    return ["reads no pair (a, b) yet"]
 
 
 def has_cuda() -> bool:
@@ -78,7 +85,8 @@ def has_cuda() -> bool:
 
 
 def group_norm_silu_fwd(
-    x: Tensor,  # (N, C, *S)
+    x: Tensor,  # (N, C, *S), or of a pair (N, C - C2, *S)
+    x2: Tensor | None,  # (N, C2, *S)
     weight: Tensor | None,  # (C,), like bias
     bias: Tensor | None,
     add: Tensor | None,  # (N, C), like scale and shift
@@ -87,15 +95,16 @@ def group_norm_silu_fwd(
     num_groups: int,
     eps: float,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # y like x; mean, rstd (N, G) float32
+) -> tuple[Tensor, Tensor, Tensor]:  # y (N, C, *S) like x; mean, rstd (N, G) float32
     return torch.ops.engine.group_norm_silu_fwd.default(
-        x, weight, bias, add, scale, shift, num_groups, eps, silu
+        x, x2, weight, bias, add, scale, shift, num_groups, eps, silu
     )
 
 
 def group_norm_silu_bwd(
     dy: Tensor,  # (N, C, *S), either layout
     x: Tensor,
+    x2: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     add: Tensor | None,
@@ -105,9 +114,11 @@ def group_norm_silu_bwd(
     rstd: Tensor,
     num_groups: int,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # (0,) for an absent operand
+) -> tuple[
+    Tensor, ...
+]:  # dx, dx2, dweight, dbias, dadd, dscale, dshift; (0,) for an absent operand
     return torch.ops.engine.group_norm_silu_bwd.default(
-        dy, x, weight, bias, add, scale, shift, mean, rstd, num_groups, silu
+        dy, x, x2, weight, bias, add, scale, shift, mean, rstd, num_groups, silu
     )
 
 

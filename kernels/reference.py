@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def group_norm_silu(
-    x: Tensor,  # (N, C, *S)
+    x: Tensor | tuple[Tensor, Tensor],  # (N, C, *S), or (N, Ca, *S) and (N, Cb, *S), Ca + Cb = C
     weight: Tensor | None,  # (C,)
     bias: Tensor | None,  # (C,)
     num_groups: int,
@@ -20,9 +20,11 @@ def group_norm_silu(
 ) -> Tensor:
     """y = act(((u − mean) / √(var + eps) · weight + bias) · (1 + scale) + shift), u = x + add.
 
+    A pair (a, b) is its concatenation along the channels.
     Mean and biased variance over each group of C / num_groups channels and all of S
     (Wu & He 2018, eq. 1–3); SiLU v·σ(v); scale and shift: AdaGN (Dhariwal & Nichol 2021, §3.1).
     """
+    x = x if isinstance(x, Tensor) else torch.cat(tuple(x), dim=1)
     n, c = x.shape[:2]
     per_channel = (n, c, *[1] * (x.dim() - 2))
     u = x if add is None else x + add.reshape(per_channel)

@@ -105,4 +105,6 @@ def refusals(op: str, *args) -> list[str]:
     for t in args:
         if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype not in DTYPES:
             return [f"needs float32, bfloat16 or float16, got {t.dtype}"]
+    if op == "group_norm_silu" and args[1] is not None:
+        return native.pair_refusals(args[0], args[1])
     return []

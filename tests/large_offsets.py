@@ -161,18 +161,18 @@ def native_ends(library: str):
     def present(operands):
         return {k: t.numpy() for k, t in zip(names, operands, strict=True) if t is not None}
 
-    def fwd(x, *rest):
+    def fwd(x, x2, *rest):
         *operands, groups, eps, silu = rest
         a, last = array(x)
         y, *stats = module.group_norm_silu_fwd(a, last, present(operands), groups, eps, silu, units)
         return tensor(y, last), *(torch.from_numpy(t) for t in stats)
 
-    def bwd(dy, x, *rest):
+    def bwd(dy, x, x2, *rest):
         *operands, mean, rstd, groups, silu = rest
         (d, d_last), (a, last) = array(dy), array(x)
         stats = mean.numpy(), rstd.numpy()
         g = module.group_norm_silu_bwd(d, d_last, a, last, present(operands), *stats, silu, units)
-        return tensor(g["x"], last), *(torch.from_numpy(g[k]) for k in names)
+        return tensor(g["x"], last), None, *(torch.from_numpy(g[k]) for k in names)
 
     def noise(out, seed, step, stream, offset):
         module.noise(out.numpy(), seed.item(), step.item(), stream, offset, elements)
@@ -212,7 +212,7 @@ def norm(ops, n, c, s, groups, last=False, dy_last=None, whole=True) -> None:
     def end(t: torch.Tensor) -> torch.Tensor:
         return t[-1:, -channels:, -TAIL:]
 
-    y, mean, rstd = ops["fwd"](x, *operands, groups, 1e-5, True)
+    y, mean, rstd = ops["fwd"](x, None, *operands, groups, 1e-5, True)
     if whole:
         close("mean", mean[-1, -1], u.mean(), 1e-4)
         close("rstd", rstd[-1, -1], (u.var(correction=0) + 1e-5).rsqrt(), 1e-4)
@@ -230,7 +230,7 @@ def norm(ops, n, c, s, groups, last=False, dy_last=None, whole=True) -> None:
     dv = dv * sigmoid * (1 + v * (1 - sigmoid))
     A, B, X = (t.sum(2, keepdim=True) for t in (dv, dv * x_hat, x_hat))
     S1, S2 = (gain * A).sum(), (gain * B).sum()
-    dx, *grads = ops["bwd"](dy, x, *operands, mean, rstd, groups, True)
+    dx, _, *grads = ops["bwd"](dy, x, None, *operands, mean, rstd, groups, True)
     close("dx", end(dx), end(r * (gain * dv - (S1 + x_hat * S2) / count)), 4e-3)
     truths = (r * (gain * A - (s * S1 + X * S2) / count), B, A)
     for name, got, truth in zip(("dadd", "dscale", "dshift"), grads[2:], truths, strict=True):

@@ -160,10 +160,13 @@ def opcheck_arguments(op: str):
     quads, t = torch.rand(10, 4, device=DEVICE), torch.tensor([1, 9], device=DEVICE)
     last = x.contiguous(memory_format=torch.channels_last)
     return {
-        "group_norm_silu_fwd": [(x, *operands, 2, 1e-5, True), (last, *[None] * 5, 2, 1e-5, False)],
+        "group_norm_silu_fwd": [
+            (x, None, *operands, 2, 1e-5, True),
+            (last, *[None] * 6, 2, 1e-5, False),
+        ],
         "group_norm_silu_bwd": [
-            (x, x, *operands, *stats, 2, True),
-            (x, last, *[None] * 5, *stats, 2, False),
+            (x, x, None, *operands, *stats, 2, True),
+            (x, last, *[None] * 6, *stats, 2, False),
         ],
         "attention_fwd": [(q, q, q, 0.25)],
         "attention_bwd": [(q, q, q, q, q, lse, 0.25)],

@@ -57,7 +57,7 @@ def check_norm(
     chunks = normal(n, 3 * c, seed=3, by=0.6).chunk(3, dim=1)
     operands = [normal(c, seed=4, at=1.0, by=0.5), normal(c, seed=5, by=0.7), *chunks]
 
-    y, stat_mean, stat_rstd = cuda.group_norm_silu_fwd(x, *operands, groups, 1e-5, True)
+    y, stat_mean, stat_rstd = cuda.group_norm_silu_fwd(x, None, *operands, groups, 1e-5, True)
     assert y.stride() == torch.empty_like(x).stride() or misaligned
     assert stat_mean.isfinite().all() and stat_rstd.isfinite().all()
 
@@ -78,9 +78,9 @@ def check_norm(
     assert_within_budget(y, truth, plain, factor=FORWARD)
     if not bwd:
         return
-    grads = cuda.group_norm_silu_bwd(dy, x, *operands, stat_mean, stat_rstd, groups, True)
+    grads = cuda.group_norm_silu_bwd(dy, x, None, *operands, stat_mean, stat_rstd, groups, True)
     for name, got, true, of_plain in zip(
-        ("x", *OPERANDS), grads, true_grads, plain_grads, strict=True
+        ("x", *OPERANDS), (grads[0], *grads[2:]), true_grads, plain_grads, strict=True
     ):
         assert_within_budget(got, true, of_plain, factor=GRADIENT, what=f"d{name}")
 
@@ -121,7 +121,7 @@ def test_the_rounding_of_the_mean_is_corrected(cuda, channels_last):
     """A float32 mean of 1e3 is off by up to 3e-5: 3e-3 of a spread of 1e-2, far over the budget of
     a kernel that keeps what the rounding lost."""
     x = as_layout(normal(2, 16, 7, 9, seed=1, at=1e3, by=1e-2), channels_last)
-    y = cuda.group_norm_silu_fwd(x, *[None] * 5, 4, 1e-8, False)[0]
+    y = cuda.group_norm_silu_fwd(x, *[None] * 6, 4, 1e-8, False)[0]
     truth = reference.group_norm_silu(x.double(), None, None, 4, 1e-8, silu=False)
     assert (y - truth).abs().max() < 2e-6
 
@@ -142,8 +142,8 @@ def test_same_bits_again(cuda):
     weight, dy = normal(24, seed=2), torch.randn_like(x)
     results = []
     for _ in range(2):
-        y, mean, rstd = cuda.group_norm_silu_fwd(x, weight, *[None] * 4, 4, 1e-5, True)
-        grads = cuda.group_norm_silu_bwd(dy, x, weight, *[None] * 4, mean, rstd, 4, True)
+        y, mean, rstd = cuda.group_norm_silu_fwd(x, None, weight, *[None] * 4, 4, 1e-5, True)
+        grads = cuda.group_norm_silu_bwd(dy, x, None, weight, *[None] * 4, mean, rstd, 4, True)
         results.append((y, *grads))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -298,13 +298,13 @@ def test_the_emulation_catches_broken_barriers():
     )
     broken = emulation.load(library, namespace)
     x, dy = normal(1, 4, 48, 48, seed=1), normal(1, 4, 48, 48, seed=2)
-    y, mean, rstd = broken.group_norm_silu_fwd(x, *[None] * 5, 2, 1e-5, True)
+    y, mean, rstd = broken.group_norm_silu_fwd(x, *[None] * 6, 2, 1e-5, True)
     assert y.isnan().any()  # a warp read what another one had not yet written
     good = emulation.backend()
-    y, mean, rstd = good.group_norm_silu_fwd(x, *[None] * 5, 2, 1e-5, True)
+    y, mean, rstd = good.group_norm_silu_fwd(x, *[None] * 6, 2, 1e-5, True)
     with pytest.raises(RuntimeError, match="deadlock"):
-        broken.group_norm_silu_bwd(dy, x, *[None] * 5, mean, rstd, 2, True)
-    assert good.group_norm_silu_bwd(dy, x, *[None] * 5, mean, rstd, 2, True)[0].isfinite().all()
+        broken.group_norm_silu_bwd(dy, x, *[None] * 6, mean, rstd, 2, True)
+    assert good.group_norm_silu_bwd(dy, x, *[None] * 6, mean, rstd, 2, True)[0].isfinite().all()
 
 
 KERNELS = """

@@ -260,15 +260,15 @@ def test_a_group_of_one_element_has_no_gradient(impl, dtype):
     inputs = make_inputs((3, 40, 1, 1), dtype, ("add", "scale", "shift"))
     operands = [inputs[k] for k in ("weight", "bias", "add", "scale", "shift")]
     fwd, bwd = (dispatch.function("group_norm_silu", stage, impl) for stage in ("fwd", "bwd"))
-    y, mean, rstd = fwd(inputs["x"], *operands, 40, 1e-5, False)
+    y, mean, rstd = fwd(inputs["x"], None, *operands, 40, 1e-5, False)
     h = operands[1].float() * (1 + operands[3].float()) + operands[4].float()
     assert torch.allclose(y.flatten(1).float(), h, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
     off = torch.nextafter(mean, mean + 1)
     dy = torch.randn(3, 40, 1, 1).to(dtype).to(DEVICE)
-    dx, dweight, _, dadd, *_ = bwd(dy, inputs["x"], *operands, off, rstd, 40, True)
+    dx, _, dweight, _, dadd, *_ = bwd(dy, inputs["x"], None, *operands, off, rstd, 40, True)
     # No rounding is left to multiply: even an infinite rstd changes nothing.
     infinite = torch.full_like(rstd, float("inf"))
-    dx2, dweight2, *_ = bwd(dy, inputs["x"], *operands, mean, infinite, 40, True)
+    dx2, _, dweight2, *_ = bwd(dy, inputs["x"], None, *operands, mean, infinite, 40, True)
     zeros = {"x": dx, "weight": dweight, "add": dadd, "x, any rstd": dx2, "weight, too": dweight2}
     for name, grad in zeros.items():
         assert grad.eq(0).all(), f"d{name}: {grad.abs().max()}"

@@ -66,12 +66,12 @@ def test_fakes(last):
     x, rows = meta(2**16 + 1, 64, 32, 32, last=last), meta(2**16 + 1, 64)
     stats = meta(2**16 + 1, 8, dtype=torch.float32)
     y, mean, rstd = boundary.FAKES["group_norm_silu_fwd"](
-        x, None, None, rows, rows, rows, 8, 1e-5, True
+        x, None, None, None, rows, rows, rows, 8, 1e-5, True
     )
     assert y.shape == x.shape and y.stride() == x.stride()
     assert mean.shape == rstd.shape == stats.shape
-    dx, dweight, _, dadd, *_ = boundary.FAKES["group_norm_silu_bwd"](
-        x, x, None, None, rows, None, None, stats, stats, 8, True
+    dx, _, dweight, _, dadd, *_ = boundary.FAKES["group_norm_silu_bwd"](
+        x, x, None, None, None, rows, None, None, stats, stats, 8, True
     )
     assert dx.stride() == x.stride() and dweight.shape == (0,) and dadd.shape == rows.shape
     step = boundary.FAKES["reverse_step_fwd"](x, x, None, None, None, None, 1.0, 0)
@@ -105,7 +105,7 @@ def norm(shape, groups, last=False):
     from engine.kernels import group_norm_silu
 
     x, stats = meta(*shape, last=last), meta(shape[0], groups, dtype=torch.float32)
-    operands = (None, None, *[meta(*shape[:2])] * 3)
+    operands = (None, None, None, *[meta(*shape[:2])] * 3)
     group_norm_silu.group_norm_silu_fwd(x, *operands, groups, 1e-5, True)
     group_norm_silu.group_norm_silu_bwd(x, x, *operands, stats, stats, groups, True)
 
@@ -137,7 +137,7 @@ def test_triton_refuses_positions_past_32_bits():
 
     for positions, sentences in ((2**31 - 1, 0), (2**31, 1)):
         x = torch.empty(1, 4, positions, 1, device="meta")
-        found = group_norm_silu.refusals("group_norm_silu", x, *[None] * 5, 2, 1e-5, True)
+        found = group_norm_silu.refusals("group_norm_silu", x, *[None] * 6, 2, 1e-5, True)
         assert sum("2^31" in reason for reason in found) == sentences
 
 

@@ -4,11 +4,21 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from .layout import check_tensors, dense, is_positive, is_whole, refuse_double_backward, rows
+from .layout import (
+    check_tensors,
+    dense,
+    is_dense,
+    is_positive,
+    is_whole,
+    refuse_double_backward,
+    rows,
+)
 
 
 def group_norm_silu(
-    x: Tensor,  # (N, C, *S) float32, bfloat16 or float16; contiguous or channels_last
+    # (N, C, *S) float32, bfloat16 or float16; contiguous or channels_last. Or a pair, (N, Ca, *S)
+    # and (N, Cb, *S) with Ca + Cb = C, of one dtype.
+    x: Tensor | tuple[Tensor, Tensor],
     weight: Tensor | None,  # (C,)
     bias: Tensor | None,  # (C,)
     num_groups: int,
@@ -22,42 +32,69 @@ def group_norm_silu(
 ) -> Tensor:
     """y = act(GN(x + add) · (1 + scale) + shift), GN(u) = (u − mean)/√(var + eps) · weight + bias.
 
+    A pair (a, b) means torch.cat((a, b), 1), read in place; a group may lie in both halves.
     Mean and biased variance per sample over C / num_groups channels and S, centred and in float32;
-    act is SiLU (v·σ(v)) for "silu", the identity for "none". Returns y in x.dtype and x's layout;
-    float32 inside. Differentiable in every tensor, the same bits on every run. weight, bias, add,
-    scale and shift may have another dtype than x. float64 is served by eager alone.
+    act is SiLU (v·σ(v)) for "silu", the identity for "none". Returns y (N, C, *S) in x.dtype and
+    x's layout (a's); float32 inside. Differentiable in every tensor, the same bits on every run.
+    weight, bias, add, scale and shift may have another dtype than x. float64 is served by eager
+    alone.
     Raises ValueError for shapes, dtypes or devices that do not fit, BackendError (RuntimeError)
     when an explicit impl cannot serve.
     Sources: Wu & He 2018, eq. 1–3; Ho et al. 2020, app. B (add); Dhariwal & Nichol 2021, §3
     (AdaGN).
     """
-    _check_group_norm_silu(x, weight, bias, num_groups, eps, add, scale, shift, activation)
+    x, x2 = x if isinstance(x, (tuple, list)) and len(x) == 2 else (x, None)
+    _check_group_norm_silu(x, x2, weight, bias, num_groups, eps, add, scale, shift, activation)
     silu = activation == "silu"
-    if x.numel() == 0:
-        impl = "eager"
     shape = x.shape
-    if x.dim() not in (4, 5):  # (N, C, S, 1) knows both layouts, (N, C, S) only one
-        x = x.flatten(2).unsqueeze(-1) if x.dim() > 2 else x[:, :, None, None]
-    args = (x, weight, bias, add, scale, shift, num_groups, eps, silu)
+    if x.numel() == 0 or (x2 is not None and x2.numel() == 0):
+        impl = "eager"
+    if x2 is not None:
+        shape = (shape[0], shape[1] + x2.shape[1], *shape[2:])
+        x2 = _with_positions(x2)
+    if x.dim() not in (4, 5):
+        x = _with_positions(x)
+    args = (x, x2, weight, bias, add, scale, shift, num_groups, eps, silu)
     backend = dispatch.pick("group_norm_silu", impl, *args)
     if backend == "eager":
         return dispatch.module("group_norm_silu", backend).group_norm_silu(*args).reshape(shape)
-    x = dense(x)
+    if x2 is None:
+        x = dense(x)
+    else:
+        x, x2 = _dense_pair(x, x2)
     operands = [rows(t) for t in (weight, bias, add, scale, shift)]
-    args = (x, *operands, num_groups, eps, silu)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *operands)):
+    args = (x, x2, *operands, num_groups, eps, silu)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, x2, *operands)
+    ):
         y = _GroupNormSilu.apply(backend, *args)
     else:
         y = dispatch.function("group_norm_silu", "fwd", backend)(*args)[0]
     return y.view(shape) if y.shape != shape else y
 
 
+def _with_positions(x: Tensor) -> Tensor:
+    """x itself, or (N, C, S, 1): that knows both layouts, (N, C, S) only one."""
+    if x.dim() in (4, 5):
+        return x
+    return x.flatten(2).unsqueeze(-1) if x.dim() > 2 else x[:, :, None, None]
+
+
+def _dense_pair(a: Tensor, b: Tensor) -> list[Tensor]:
+    """A half that is neither contiguous nor channels_last is copied, in the layout of the other."""
+    known = a if is_dense(a) else b
+    form = torch.contiguous_format
+    if is_dense(known) and not known.is_contiguous():
+        form = torch.channels_last_3d if known.dim() == 5 else torch.channels_last
+    return [t if is_dense(t) else t.contiguous(memory_format=form) for t in (a, b)]
+
+
 class _GroupNormSilu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, x, weight, bias, add, scale, shift, num_groups, eps, silu):
+    def forward(ctx, backend, x, x2, weight, bias, add, scale, shift, num_groups, eps, silu):
         fwd = dispatch.function("group_norm_silu", "fwd", backend)
-        y, mean, rstd = fwd(x, weight, bias, add, scale, shift, num_groups, eps, silu)
-        ctx.save_for_backward(x, weight, bias, add, scale, shift, mean, rstd)
+        y, mean, rstd = fwd(x, x2, weight, bias, add, scale, shift, num_groups, eps, silu)
+        ctx.save_for_backward(x, x2, weight, bias, add, scale, shift, mean, rstd)
         ctx.backend, ctx.num_groups, ctx.silu = backend, num_groups, silu
         return y
 
@@ -66,26 +103,32 @@ class _GroupNormSilu(torch.autograd.Function):
         bwd = dispatch.function("group_norm_silu", "bwd", ctx.backend)
         saved = ctx.saved_tensors
         refuse_double_backward("group_norm_silu", ctx.backend, saved)
-        dx, *small = bwd(dense(dy), *saved, ctx.num_groups, ctx.silu)
-        operands = saved[1:6]
+        dx, dx2, *small = bwd(dense(dy), *saved, ctx.num_groups, ctx.silu)
+        operands = saved[2:7]
         small = [None if t is None else d.to(t.dtype) for t, d in zip(operands, small, strict=True)]
-        return None, dx, *small, None, None, None
+        return None, dx, None if saved[1] is None else dx2, *small, None, None, None
 
 
 def arguments(
     x, weight, bias, num_groups, eps=1e-5, *, add=None, scale=None, shift=None, activation="silu"
 ):
-    _check_group_norm_silu(x, weight, bias, num_groups, eps, add, scale, shift, activation)
-    return x, weight, bias, add, scale, shift, num_groups, eps, activation == "silu"
+    x, x2 = x if isinstance(x, (tuple, list)) and len(x) == 2 else (x, None)
+    _check_group_norm_silu(x, x2, weight, bias, num_groups, eps, add, scale, shift, activation)
+    return x, x2, weight, bias, add, scale, shift, num_groups, eps, activation == "silu"
 
 
-def _check_group_norm_silu(x, weight, bias, num_groups, eps, add, scale, shift, activation) -> None:
+def _check_group_norm_silu(
+    x, x2, weight, bias, num_groups, eps, add, scale, shift, activation
+) -> None:
     check_tensors("group_norm_silu", x=x)
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(
             f"group_norm_silu: x is {tuple(x.shape)} {x.dtype}, expected (N, C, *S), floating point"
         )
     n, c = x.shape[:2]
+    if x2 is not None:
+        _check_pair(x, x2)
+        c += x2.shape[1]
     if not is_whole(num_groups):
         raise ValueError(
             f"group_norm_silu: num_groups is {num_groups!r}, a {type(num_groups).__name__}, "
@@ -111,7 +154,22 @@ def _check_group_norm_silu(x, weight, bias, num_groups, eps, add, scale, shift, 
         if tuple(t.shape) != expected or not t.is_floating_point():
             raise ValueError(
                 f"group_norm_silu: {name} is {tuple(t.shape)} {t.dtype}, expected {expected}, "
-                f"floating point, for x {tuple(x.shape)}"
+                f"floating point, for x {tuple(x.shape)}{_and(x2)}"
             )
         if t.device != x.device:
             raise ValueError(f"group_norm_silu: {name} is on {t.device}, expected {x.device}")
+
+
+def _and(x2: Tensor | None) -> str:
+    return "" if x2 is None else f" and {tuple(x2.shape)}"
+
+
+def _check_pair(a: Tensor, b: Tensor) -> None:
+    check_tensors("group_norm_silu", b=b)
+    fits = a.dim() == b.dim() and a.shape[0] == b.shape[0] and a.shape[2:] == b.shape[2:]
+    if not fits or a.dtype != b.dtype or a.device != b.device:
+        raise ValueError(
+            f"group_norm_silu: x is a pair of {tuple(a.shape)} {a.dtype} on {a.device} and "
+            f"{tuple(b.shape)} {b.dtype} on {b.device}, expected (N, Ca, *S) and (N, Cb, *S) of "
+            "one dtype on one device"
+        )
