@@ -1,6 +1,7 @@
 """Triton: GroupNorm with conditioning and SiLU, forward (backward: group_norm_silu_bwd.py).
 
 forward   u = x + add;  x̂ = (u - mean)·rstd;  v = (x̂·weight + bias)·(1 + scale) + shift;  y = v·σ(v)
+pair      x may be two tensors, concatenated along the channels, each in its own layout
 grid      resident: one program per (n, slab of groups), x read once;
           large: stats per (n, slab, channel chunk, position chunk), then apply with the same grid
 saved     mean, rstd (N, G) float32; centred sums, merged by Chan et al. 1983, never E[x²] - E[x]²
@@ -21,6 +22,9 @@ from .group_norm_silu_tiles import (
     centred,
     channels,
     channels_last,
+    halves,
+    in_order,
+    layouts,
     operand,
     place,
     plan,
@@ -37,6 +41,7 @@ from .triton_base import refusals as base_refusals
 @triton.jit
 def _group_norm_silu_fwd_kernel(
     x_ptr,
+    x2_ptr,  # (N, C - CA, S) or None
     weight_ptr,  # (C,) or None, like bias
     bias_ptr,
     add_ptr,  # (N, C) with its row stride, or None, like scale and shift
@@ -49,12 +54,15 @@ def _group_norm_silu_fwd_kernel(
     stride_scalen,
     stride_shiftn,
     C,
+    CA,  # channels of x
     S,
     G,
     eps,
     GROUP: tl.constexpr,  # channels of a group
     SILU: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    X_LAST: tl.constexpr,
+    X2_LAST: tl.constexpr,
+    Y_LAST: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -65,7 +73,7 @@ def _group_norm_silu_fwd_kernel(
     c, c_mask = channels(g0, 0, C, GROUP, BLOCK_G, BLOCK_C)
     s = tl.arange(0, BLOCK_S)
     mask = c_mask[:, None] & (s < S)[None, :]
-    x_at = pointers(x_ptr, n, g0 * GROUP, 0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
+    x_at = halves(x_ptr, x2_ptr, n, g0 * GROUP, 0, C, CA, S, X_LAST, X2_LAST, BLOCK_C, BLOCK_S)
     u = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
     u += operand(add_ptr, n * stride_addn + c, c_mask, 0.0)[:, None]
 
@@ -81,25 +89,28 @@ def _group_norm_silu_fwd_kernel(
     )
     rstd = to_channels(unless_alone(rstd, S, GROUP), GROUP, BLOCK_G, BLOCK_C)
     y = act(d * rstd[:, None], gain, offset, SILU)
-    y_at = pointers(y_ptr, n, g0 * GROUP, 0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
+    y_at = pointers(y_ptr, n, g0 * GROUP, 0, C, S, Y_LAST, BLOCK_C, BLOCK_S)
     tl.store(y_at, rounded(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _group_norm_silu_stats_kernel(
     x_ptr,
+    x2_ptr,
     add_ptr,
     stats_ptr,  # (3, N·G, C_CHUNKS·S_CHUNKS): base, mean - base, centred sum of squares
     stride_addn,
     stats_size,  # N·G·C_CHUNKS·S_CHUNKS
     C,
+    CA,
     S,
     G,
     C_CHUNKS,
     S_CHUNKS,
     TILES,  # of BLOCK_S positions in a chunk
     GROUP: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    X_LAST: tl.constexpr,
+    X2_LAST: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -116,7 +127,7 @@ def _group_norm_silu_stats_kernel(
     for i in range(TILES):
         s0 = (chunk_s * TILES + i) * BLOCK_S
         mask = c_mask[:, None] & (tl.arange(0, BLOCK_S) < S - s0)[None, :]
-        x_at = pointers(x_ptr, n, c0, s0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
+        x_at = halves(x_ptr, x2_ptr, n, c0, s0, C, CA, S, X_LAST, X2_LAST, BLOCK_C, BLOCK_S)
         u = tl.load(x_at, mask=mask, other=0.0).to(tl.float32) + add
         more = (width * tl.maximum(0, tl.minimum(BLOCK_S, S - s0))).to(tl.float32)
         some = tl.maximum(more, 1.0)
@@ -169,6 +180,7 @@ def _merged(
 @triton.jit
 def _group_norm_silu_apply_kernel(
     x_ptr,
+    x2_ptr,
     weight_ptr,
     bias_ptr,
     add_ptr,
@@ -183,6 +195,7 @@ def _group_norm_silu_apply_kernel(
     stride_shiftn,
     stats_size,
     C,
+    CA,
     S,
     G,
     eps,
@@ -191,7 +204,9 @@ def _group_norm_silu_apply_kernel(
     TILES,
     GROUP: tl.constexpr,
     SILU: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    X_LAST: tl.constexpr,
+    X2_LAST: tl.constexpr,
+    Y_LAST: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -231,16 +246,16 @@ def _group_norm_silu_apply_kernel(
     for i in range(TILES):
         s0 = (chunk_s * TILES + i) * BLOCK_S
         mask = c_mask[:, None] & (tl.arange(0, BLOCK_S) < S - s0)[None, :]
-        x_at = pointers(x_ptr, n, c0, s0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
+        x_at = halves(x_ptr, x2_ptr, n, c0, s0, C, CA, S, X_LAST, X2_LAST, BLOCK_C, BLOCK_S)
         u = tl.load(x_at, mask=mask, other=0.0).to(tl.float32) + add
         y = act(((u - base) - mean) * rstd, gain, offset, SILU)
-        y_at = pointers(y_ptr, n, c0, s0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
+        y_at = pointers(y_ptr, n, c0, s0, C, S, Y_LAST, BLOCK_C, BLOCK_S)
         tl.store(y_at, rounded(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 def group_norm_silu_fwd(
     x: torch.Tensor,  # (N, C, *S) dense contiguous or channels_last
-    x2: torch.Tensor | None,
+    x2: torch.Tensor | None,  # (N, C2, *S) either layout: the last channels of a pair
     weight: torch.Tensor | None,  # (C,)
     bias: torch.Tensor | None,  # (C,)
     add: torch.Tensor | None,  # (N, C) any row stride, like scale and shift
@@ -250,28 +265,33 @@ def group_norm_silu_fwd(
     eps: float,
     silu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # y like x; mean, rstd (N, G) float32
-    N, C, G = x.shape[0], x.shape[1], num_groups
-    S = x.numel() // (N * C)
-    last = channels_last(x)
-    p = plan(C // G, S, G, x.element_size(), last, RESIDENT)
-    y = torch.empty_like(x)
+    N, CA, G = x.shape[0], x.shape[1], num_groups
+    S = x.numel() // (N * CA)
+    if x2 is None:
+        C, y = CA, torch.empty_like(x)
+    else:
+        C, y = CA + x2.shape[1], boundary.empty_like_pair(x, x2)
+    lasts, y_last = layouts(x, x2), channels_last(y)
+    order = (*in_order(lasts, x, x2), y_last)
+    p = plan(C // G, S, G, x.element_size(), order, RESIDENT, C - CA)
     mean = x.new_empty((N, G), dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    operands = (x, weight, bias, add, scale, shift)
+    operands = (x, x2, weight, bias, add, scale, shift)
     strides = (row_stride(add), row_stride(scale), row_stride(shift))
-    flags = {"GROUP": C // G, "CHANNELS_LAST": last, **p.blocks, **p.options}
+    flags = {"GROUP": C // G, "X_LAST": lasts[0], "X2_LAST": lasts[1], **p.blocks, **p.options}
+    out = {"SILU": silu, "Y_LAST": y_last}
     with torch.cuda.device_of(x):
         if p.resident:
             _group_norm_silu_fwd_kernel[programs(N * p.slabs)](
-                *operands, y, mean, rstd, *strides, C, S, G, eps, SILU=silu, **flags
+                *operands, y, mean, rstd, *strides, C, CA, S, G, eps, **out, **flags
             )
             return y, mean, rstd
         chunks = p.c_chunks * p.s_chunks
         grid = programs(N * p.slabs * chunks)
         stats = x.new_empty((3, N * G, chunks), dtype=torch.float32)
-        sizes = (stats[0].numel(), C, S, G)
+        sizes = (stats[0].numel(), C, CA, S, G)
         cuts = (p.c_chunks, p.s_chunks, loop_count(p.tiles))
-        _group_norm_silu_stats_kernel[grid](x, add, stats, strides[0], *sizes, *cuts, **flags)
+        _group_norm_silu_stats_kernel[grid](x, x2, add, stats, strides[0], *sizes, *cuts, **flags)
         _group_norm_silu_apply_kernel[grid](
             *operands,
             stats,
@@ -282,7 +302,7 @@ def group_norm_silu_fwd(
             *sizes,
             eps,
             *cuts,
-            SILU=silu,
+            **out,
             BLOCK_K=triton.next_power_of_2(chunks),
             **flags,
         )
@@ -290,11 +310,9 @@ def group_norm_silu_fwd(
 
 
 def refusals(op: str, x, x2, weight, bias, add, scale, shift, num_groups, eps, silu) -> list[str]:
-    reasons = base_refusals(x, weight, bias, add, scale, shift)
+    reasons = base_refusals(x, x2, weight, bias, add, scale, shift)
     if x.numel() // (x.shape[0] * x.shape[1]) >= 2**31:
         reasons.append("has 32-bit positions: needs fewer than 2^31 a channel")
-    if x2 is not None:
-        reasons.append("reads no pair (a, b) yet")
     return reasons
 
 

@@ -55,6 +55,30 @@ def pointers(
 
 
 @triton.jit
+def halves(
+    a_ptr,
+    b_ptr,  # None: a has all channels
+    n,
+    c0,
+    s0,
+    C,
+    CA,  # channels of a
+    S,
+    A_LAST: tl.constexpr,
+    B_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """`pointers` to a tile of the concatenation of a and b, each in its own layout."""
+    if b_ptr is None:
+        return pointers(a_ptr, n, c0, s0, C, S, A_LAST, BLOCK_C, BLOCK_S)
+    else:
+        a = pointers(a_ptr, n, c0, s0, CA, S, A_LAST, BLOCK_C, BLOCK_S)
+        b = pointers(b_ptr, n, c0 - CA, s0, C - CA, S, B_LAST, BLOCK_C, BLOCK_S)
+        return tl.where((c0 + tl.arange(0, BLOCK_C) < CA)[:, None], a, b)
+
+
+@triton.jit
 def by_group(t, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
     """Sums of a slab's channels (BLOCK_C,) per group, (BLOCK_G,)."""
     if BLOCK_G == 1:
@@ -191,6 +215,17 @@ def channels_last(t: torch.Tensor) -> bool:
     return not t.is_contiguous()
 
 
+def layouts(x: torch.Tensor, x2: torch.Tensor | None) -> tuple[bool, bool]:
+    """channels_last of x and x2; twice that of x where there is no x2."""
+    last = channels_last(x)
+    return last, last if x2 is None else channels_last(x2)
+
+
+def in_order(lasts: tuple[bool, bool], x: torch.Tensor, x2: torch.Tensor | None):
+    """`layouts`, that of the half with more channels first."""
+    return lasts if x2 is None or x.shape[1] >= x2.shape[1] else lasts[::-1]
+
+
 def row_stride(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
@@ -200,14 +235,14 @@ def plan(
     S: int,
     G: int,
     itemsize: int,
-    last: bool,  # layout of x
+    lasts: tuple[bool, ...],  # layouts of what a tile reads and writes, the most important first
     limit: int,  # elements of a resident tile
-    dy_last: bool | None = None,  # layout of dy
+    C2: int = 0,  # channels of the second half of a pair
 ) -> Plan:
     """How to cut a tensor into tiles."""
-    power, lasts = triton.next_power_of_2, {last} if dy_last is None else {last, dy_last}
+    power, last = triton.next_power_of_2, lasts[0]
     s, block_g, C = power(S), 1, G * group
-    aligned = (G * group if last else S) % 8 == 0
+    aligned = C % 8 == 0 and C2 % 8 == 0 if last else S % 8 == 0
     limit = limit if aligned else limit // 2
 
     def too_far(block_c: int, block_s: int) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .boundary import NATIVE, register_fakes
+from .boundary import NATIVE, mixed, register_fakes
 
 OPS = (
     "group_norm_silu_fwd",
@@ -74,7 +74,9 @@ def refusals(op: str, *args) -> list[str]:
 
 def pair_refusals(x: Tensor, x2: Tensor) -> list[str]:
     """Why x and x2 are not read as one tensor."""
-    return ["reads no pair (a, b) yet"]
+    if x.is_cpu:
+        return ["reads no pair (a, b) on the CPU yet"]
+    return ["needs both halves of x in one layout"] if mixed(x, x2) else []
 
 
 def has_cuda() -> bool:

@@ -78,7 +78,8 @@ def run(function, inputs, groups, dy, *, grad=True, **kwargs):
     """→ y and the gradients of every present input, from leaves that keep strides."""
     leaves = {k: None if t is None else t.detach().requires_grad_(grad) for k, t in inputs.items()}
     operands = {k: leaves[k] for k in ("add", "scale", "shift")}
-    y = function(leaves["x"], leaves["weight"], leaves["bias"], groups, **operands, **kwargs)
+    x = (leaves["x"], leaves["x2"]) if "x2" in leaves else leaves["x"]
+    y = function(x, leaves["weight"], leaves["bias"], groups, **operands, **kwargs)
     present = {k: t for k, t in leaves.items() if t is not None}
     if not grad:
         return y, {}
@@ -88,8 +89,9 @@ def run(function, inputs, groups, dy, *, grad=True, **kwargs):
 
 def check(impl, inputs, groups, variant=(), *, dy_layout="contiguous", eps=1e-5, dy_scale=1.0):
     g = torch.Generator().manual_seed(99)
-    x = inputs["x"]
-    dy = torch.randn(x.shape, generator=g).to(DEVICE).mul(dy_scale).to(x.dtype)
+    x, shape = inputs["x"], list(inputs["x"].shape)
+    shape[1] += inputs["x2"].shape[1] if "x2" in inputs else 0
+    dy = torch.randn(shape, generator=g).to(DEVICE).mul(dy_scale).to(x.dtype)
     activation = "none" if "none" in variant else "silu"
     exact = {k: None if t is None else t.double() for k, t in inputs.items()}
     truth, true_grads = run(
@@ -149,6 +151,79 @@ def test_variants(impl, variant, layout, dtype):
     inputs = make_inputs((2, 12, 5, 7), dtype, VARIANTS[variant])
     inputs["x"] = as_layout(inputs["x"], layout)
     check(impl, inputs, 4, VARIANTS[variant], dy_layout=layout)
+
+
+# name: (N, C, *S), groups, channels of the first half
+PAIRS = {
+    "seam in a group": ((2, 24, 5, 7), 2, 16),
+    "seam at a border": ((2, 24, 4, 6), 3, 8),
+    "one channel first": ((2, 12, 7, 9), 4, 1),
+    "one channel last": ((1, 20, 4, 8), 2, 19),
+    "one group": ((1, 12, 6, 5), 1, 5),
+    "HW=1": ((3, 12, 1, 1), 3, 5),
+    "C/G=1": ((2, 6, 4, 4), 6, 2),
+    "several tiles": ((1, 6, 64, 66), 2, 4),
+    "sequence": ((2, 8, 63), 2, 3),
+    "vectors": ((3, 12), 3, 7),
+    "volume": ((2, 8, 2, 3, 5), 2, 5),
+}
+
+
+def pair_inputs(name, dtype, variant, layouts):
+    """make_inputs with x cut in two, each half in its own layout; → inputs, groups."""
+    shape, groups, first = PAIRS[name]
+    inputs = make_inputs(shape, dtype, variant)
+    x = inputs.pop("x")
+    a, b = x.split([first, shape[1] - first], 1)
+    a, b = as_layout(a.clone(), layouts[0]), as_layout(b.clone(), layouts[1])
+    return {"x": a, "x2": b, **inputs}, groups
+
+
+def skip_unless_pairs(impl, x, x2):
+    refused = dispatch.refusals(OP, impl, (x, x2, *[None] * 5, 1, 1e-5, True))
+    if refused:
+        pytest.skip(f"{impl} {refused[0]}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_pair(impl, name, layout, dtype):
+    variant = ("add", "scale", "shift")
+    same = (dtype == torch.float32) == (layout == "contiguous")
+    dy_layout = "contiguous" if same else "channels_last"
+    inputs, groups = pair_inputs(name, dtype, variant, (layout, layout))
+    skip_unless_pairs(impl, inputs["x"], inputs["x2"])
+    y = check(impl, inputs, groups, variant, dy_layout=dy_layout)
+    shape = PAIRS[name][0]
+    if len(shape) >= 4 and impl != "eager":
+        assert y.stride() == as_layout(torch.empty(shape), layout).stride()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pair_variants(impl, variant, layout):
+    dtype = torch.float32 if layout == "contiguous" else torch.bfloat16
+    inputs, groups = pair_inputs("seam in a group", dtype, VARIANTS[variant], (layout, layout))
+    skip_unless_pairs(impl, inputs["x"], inputs["x2"])
+    check(impl, inputs, groups, VARIANTS[variant], dy_layout=layout)
+
+
+@pytest.mark.parametrize("name", ["seam in a group", "one channel first"])
+@pytest.mark.parametrize("first", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("second", ["contiguous", "channels_last", "sliced"])
+def test_pair_of_different_layouts(impl, name, first, second):
+    """Read in place or refused in a sentence; a view is copied in the layout of the other half."""
+    inputs, groups = pair_inputs(name, torch.float32, ("add",), (first, second))
+    if impl != "native" or {first, second} != {"contiguous", "channels_last"}:
+        skip_unless_pairs(impl, inputs["x"], inputs["x2"])
+        check(impl, inputs, groups, ("add",))
+    elif name != "one channel first":  # that channel is in both layouts
+        with pytest.raises(
+            RuntimeError, match=r"needs both halves of x in one layout|reads no pair"
+        ):
+            ops.group_norm_silu((inputs["x"], inputs["x2"]), None, None, groups, impl=impl)
+    check("auto", inputs, groups, ("add",))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -346,6 +421,22 @@ BAD = {
     "eps": (dict(eps=0.0), "expected eps > 0"),
     "dtype": (dict(x=torch.ones(2, 8, 4, 4, dtype=torch.int64)), "floating point"),
     "device": (dict(weight=torch.ones(8, device="meta")), "weight is on meta, expected cpu"),
+    "pair of other N": (dict(x=(torch.ones(2, 3, 4, 4), torch.ones(3, 5, 4, 4))), "is a pair of"),
+    "pair of other S": (dict(x=(torch.ones(2, 3, 4, 4), torch.ones(2, 5, 4, 1))), "is a pair of"),
+    "pair of dtypes": (dict(x=(torch.ones(2, 3, 4), torch.ones(2, 5, 4).half())), "of one dtype"),
+    "pair of devices": (
+        dict(x=(torch.ones(2, 3, 4), torch.ones(2, 5, 4, device="meta"))),
+        r"\(2, 5, 4\) torch.float32 on meta, expected .* on one device",
+    ),
+    "half a pair": (
+        dict(x=(torch.ones(2, 8, 4), None)),
+        r"\(Tensor, NoneType\), expected a tensor or a pair",
+    ),
+    "three": (dict(x=(torch.ones(2, 8, 4),) * 3), "x is a tuple of .*expected a tensor or a pair"),
+    "weight of a pair": (
+        dict(x=(torch.ones(2, 3, 4), torch.ones(2, 6, 4)), num_groups=3),
+        r"weight is \(8,\).*expected \(9,\).* for x \(2, 3, 4\) and \(2, 6, 4\)",
+    ),
     "impl": (dict(impl="cudnn"), "impl='cudnn' is unknown: choose one of auto, eager"),
 }
 

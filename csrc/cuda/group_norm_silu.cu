@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   constexpr int VEC = kVector<T>;
   ENGINE_SHARED(float, sums, [4][32]);
   const PlanePlace at(p, tile, stage);
-  const T* x = static_cast<const T*>(p.x) + (at.n * p.C + at.c) * p.S;
+  const Half<const T> half = half_of_x<T>(p, at.c);
+  const T* x = half.data + (at.n * half.C + half.c) * p.S;
   PlaneVectors<T, WHOLE> vectors(x, p.S, at, tile, K);
   Channel channel = {0.0f, 0.0f, 0.0f};
   if (at.active) channel = load_channel(p, at.n, at.c);
@@ -129,20 +130,21 @@ __global__ void __launch_bounds__(kSlabThreads)
   const SlabPlace at(p, tile, VEC, stage);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int64_t s_first = at.s_part * tile.s_rows + at.r;
-  const int64_t offset = at.n * p.S * p.C + at.c_first + at.column * VEC;
-  const T* x = static_cast<const T*>(p.x) + offset;
+  const int64_t c = at.c_first + at.column * VEC;
+  const Half<const T> half = half_of_x<T>(p, c);
+  const T* x = half.data + at.n * p.S * half.C + half.c;
 
   // This thread's vectors: rows s_first, s_first + rows, ... that lie in S.
   const int64_t rest = p.S - s_first;
   const int s_left = rest > K * tile.rows ? K * tile.rows : static_cast<int>(rest);
   int rows = tile.rows;
   const auto inside = [&](int k) { return at.active && k * rows < s_left; };
-  x += s_first * p.C;
+  x += s_first * half.C;
 
   Slot<T, VEC> slots[K];
 #pragma unroll
   for (int k = 0; k < K; ++k)
-    if (inside(k)) slots[k].load(x + k * rows * p.C);
+    if (inside(k)) slots[k].load(x + k * rows * half.C);
   const auto param = [&](int c) -> float4& { return params[c % VEC * tile.columns + c / VEC]; };
 
   for (int c = threadIdx.x; c < at.width; c += blockDim.x) {
@@ -264,7 +266,7 @@ __global__ void __launch_bounds__(kSlabThreads)
       slots[k].set(i, values);
     }
   }
-  y += offset + s_first * p.C;
+  y += (at.n * p.S + s_first) * p.C + c;
 #pragma unroll
   for (int k = 0; k < K; ++k)
     if (inside(k)) slots[k].store(y + k * rows * p.C);
@@ -350,7 +352,7 @@ void group_norm_silu_fwd_cuda(const GroupNormSilu& p, void* y, float* mean, floa
   with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     T* out = static_cast<T*>(y);
-    const bool aligned = aligned16(p.x) && aligned16(y);
+    const bool aligned = aligned16(p.x) && aligned16(p.x2) && aligned16(y);
     if (p.channels_last) {
       if (aligned && slab_vectors(p, kVector<T>))
         launch_fwd_slabs<T, kVector<T>>(p, out, mean, rstd, stream);
