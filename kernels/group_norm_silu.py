@@ -3,10 +3,11 @@
 forward   u = x + add;  x̂ = (u - mean)·rstd;  v = (x̂·weight + bias)·(1 + scale) + shift;  y = v·σ(v)
 pair      x may be two tensors, concatenated along the channels, each in its own layout
 grid      resident: one program per (n, slab of groups), x read once;
+          walk: the same, x read again from a cache (group_norm_silu_walk.py);
           large: stats per (n, slab, channel chunk, position chunk), then apply with the same grid
 saved     mean, rstd (N, G) float32; centred sums, merged by Chan et al. 1983, never E[x²] - E[x]²
 refused   dtypes other than float32, bfloat16, float16; CPU tensors outside the interpreter
-bound by  bytes: 4 an element in bf16 resident (x in, y out), 6 large; float32 twice that
+bound by  bytes: 4 an element in bf16 resident or walk (x in, y out), 6 large; float32 twice that
 """
 
 import torch
@@ -15,8 +16,8 @@ import triton.language as tl
 
 from . import boundary
 from .group_norm_silu_bwd import group_norm_silu_bwd
+from .group_norm_silu_plan import Shape, device_of, plan
 from .group_norm_silu_tiles import (
-    RESIDENT,
     act,
     affine,
     centred,
@@ -25,15 +26,16 @@ from .group_norm_silu_tiles import (
     halves,
     in_order,
     layouts,
+    merged_tile,
     operand,
     place,
-    plan,
     plane,
     pointers,
     row_stride,
     to_channels,
     unless_alone,
 )
+from .group_norm_silu_walk import _group_norm_silu_walk_kernel
 from .triton_base import loop_count, programs, rounded
 from .triton_base import refusals as base_refusals
 
@@ -122,7 +124,7 @@ def _group_norm_silu_stats_kernel(
     width = tl.minimum(BLOCK_C, GROUP - chunk_c * BLOCK_C)  # channels of each group
     count = tl.cast(0.0, tl.float32)
     base = tl.zeros((BLOCK_G,), tl.float32)
-    delta = tl.zeros((BLOCK_G,), tl.float32)  # mean - base, kept apart to keep its digits
+    delta = tl.zeros((BLOCK_G,), tl.float32)
     m2 = tl.zeros((BLOCK_G,), tl.float32)
     for i in range(TILES):
         s0 = (chunk_s * TILES + i) * BLOCK_S
@@ -130,14 +132,9 @@ def _group_norm_silu_stats_kernel(
         x_at = halves(x_ptr, x2_ptr, n, c0, s0, C, CA, S, X_LAST, X2_LAST, BLOCK_C, BLOCK_S)
         u = tl.load(x_at, mask=mask, other=0.0).to(tl.float32) + add
         more = (width * tl.maximum(0, tl.minimum(BLOCK_S, S - s0))).to(tl.float32)
-        some = tl.maximum(more, 1.0)
-        mean_i, rest_i, _d, m2_i = centred(u, mask, some, GROUP, BLOCK_G, BLOCK_C)
-        base = tl.where(i == 0, mean_i, base)
-        apart = (mean_i - base) + rest_i - delta
-        share = more / (count + more)
-        delta += apart * share
-        m2 += m2_i + apart * apart * count * share
-        count += more
+        count, base, delta, m2 = merged_tile(
+            i == 0, count, base, delta, m2, u, mask, more, GROUP, BLOCK_G, BLOCK_C
+        )
     g = g0 + tl.arange(0, BLOCK_G)
     at = (n * G + g) * (C_CHUNKS * S_CHUNKS) + chunk_c * S_CHUNKS + chunk_s
     tl.store(stats_ptr + at, base, mask=g < G)
@@ -247,10 +244,12 @@ def _group_norm_silu_apply_kernel(
         s0 = (chunk_s * TILES + i) * BLOCK_S
         mask = c_mask[:, None] & (tl.arange(0, BLOCK_S) < S - s0)[None, :]
         x_at = halves(x_ptr, x2_ptr, n, c0, s0, C, CA, S, X_LAST, X2_LAST, BLOCK_C, BLOCK_S)
-        u = tl.load(x_at, mask=mask, other=0.0).to(tl.float32) + add
+        u = tl.load(x_at, mask=mask, other=0.0, eviction_policy="evict_first")
+        u = u.to(tl.float32) + add
         y = act(((u - base) - mean) * rstd, gain, offset, SILU)
         y_at = pointers(y_ptr, n, c0, s0, C, S, Y_LAST, BLOCK_C, BLOCK_S)
-        tl.store(y_at, rounded(y, y_ptr.dtype.element_ty), mask=mask)
+        # Neither is read again here: let them not push out what is.
+        tl.store(y_at, rounded(y, y_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
 def group_norm_silu_fwd(
@@ -273,7 +272,7 @@ def group_norm_silu_fwd(
         C, y = CA + x2.shape[1], boundary.empty_like_pair(x, x2)
     lasts, y_last = layouts(x, x2), channels_last(y)
     order = (*in_order(lasts, x, x2), y_last)
-    p = plan(C // G, S, G, x.element_size(), order, RESIDENT, C - CA)
+    p = plan(Shape("fwd", N, C // G, S, G, x.element_size(), order, C - CA), device_of(x))
     mean = x.new_empty((N, G), dtype=torch.float32)
     rstd = torch.empty_like(mean)
     operands = (x, x2, weight, bias, add, scale, shift)
@@ -281,7 +280,13 @@ def group_norm_silu_fwd(
     flags = {"GROUP": C // G, "X_LAST": lasts[0], "X2_LAST": lasts[1], **p.blocks, **p.options}
     out = {"SILU": silu, "Y_LAST": y_last}
     with torch.cuda.device_of(x):
-        if p.resident:
+        if p.kind == "walk":
+            cuts = (loop_count(p.c_chunks), loop_count(p.tiles))
+            _group_norm_silu_walk_kernel[programs(N * p.slabs)](
+                *operands, y, mean, rstd, *strides, C, CA, S, G, eps, *cuts, **out, **flags
+            )
+            return y, mean, rstd
+        if p.kind == "resident":
             _group_norm_silu_fwd_kernel[programs(N * p.slabs)](
                 *operands, y, mean, rstd, *strides, C, CA, S, G, eps, **out, **flags
             )

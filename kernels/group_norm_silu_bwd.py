@@ -6,10 +6,11 @@ backward  dv = dy·σ(v)·(1 + v·(1 - σ(v))), v and x̂ recomputed from x, mea
           dx = rstd·(γ·dv - (S1 + x̂·S2)/M);  dadd = rstd·(γ·A - (S·S1 + X·S2)/M);  dshift = A
           dscale = weight·B + bias·A;  dweight = Σₙ(1 + scale)·B;  dbias = Σₙ(1 + scale)·A
 grid      resident: one program per (n, slab of groups), x and dy read once;
+          walk: the same, read again from a cache (group_norm_silu_walk.py);
           large: sums, merge, dx (group_norm_silu_bwd_large.py);
-          both end with one small launch per channel block, over n
+          all end with one small launch per channel block, over n
 sums      single writer, fixed order, no atomics: the same bits on every run
-bound by  bytes: 6 an element in bf16 resident (x, dy in, dx out), 10 large; float32 twice that
+bound by  bytes: 6 an element in bf16 resident or walk (x, dy in, dx out), 10 large; float32: twice
 x may be a pair (x, x2), each half and dy in its own layout.
 """
 
@@ -23,8 +24,8 @@ from .group_norm_silu_bwd_large import (
     _group_norm_silu_merge_kernel,
     _group_norm_silu_sums_kernel,
 )
+from .group_norm_silu_plan import Shape, device_of, plan
 from .group_norm_silu_tiles import (
-    RESIDENT_BWD,
     act_grad,
     affine,
     by_group,
@@ -34,7 +35,6 @@ from .group_norm_silu_tiles import (
     in_order,
     layouts,
     operand,
-    plan,
     plane,
     pointers,
     row_stride,
@@ -42,6 +42,7 @@ from .group_norm_silu_tiles import (
     to_channels,
     unless_alone,
 )
+from .group_norm_silu_walk import _group_norm_silu_bwd_walk_kernel
 from .triton_base import loop_count, programs, rounded
 
 SMALL_N, SMALL_C = 32, 32  # tile of the last launch
@@ -205,7 +206,7 @@ def group_norm_silu_bwd(
     S = x.numel() // (N * CA)
     lasts, dy_last = layouts(x, x2), channels_last(dy)
     order = (*in_order(lasts, x, x2), dy_last)
-    p = plan(C // G, S, G, x.element_size(), order, RESIDENT_BWD, C - CA)
+    p = plan(Shape("bwd", N, C // G, S, G, x.element_size(), order, C - CA), device_of(x))
 
     def grad(like: torch.Tensor | None) -> torch.Tensor | None:
         return None if like is None else x.new_empty(like.shape, dtype=torch.float32)
@@ -217,14 +218,19 @@ def group_norm_silu_bwd(
     grads = [grad(t) for t in (weight, bias, add, scale, shift)]
     wanted = any(t is not None for t in grads)
     abx = workspace(3, N, C) if wanted else None
-    s12 = workspace(3, N, G) if not p.resident or add is not None else None
+    s12 = workspace(3, N, G) if p.kind != "resident" or add is not None else None
     operands = (dy, x, x2, weight, bias, add, scale, shift, mean, rstd)
     strides = (row_stride(add), row_stride(scale), row_stride(shift))
     group = {"GROUP": C // G, "enable_fp_fusion": True}
     flags = {"SILU": silu, "X_LAST": lasts[0], "X2_LAST": lasts[1], "DY_LAST": dy_last}
     flags |= group | p.blocks | p.options
     with torch.cuda.device_of(x):
-        if p.resident:
+        if p.kind == "walk":
+            cuts = (loop_count(p.c_chunks), loop_count(p.tiles))
+            _group_norm_silu_bwd_walk_kernel[programs(N * p.slabs)](
+                *operands, dx, dx2, abx, s12, *strides, N * C, N * G, C, CA, S, G, *cuts, **flags
+            )
+        elif p.kind == "resident":
             _group_norm_silu_bwd_kernel[programs(N * p.slabs)](
                 *operands, dx, dx2, abx, s12, *strides, N * C, N * G, C, CA, S, G, **flags
             )
@@ -249,7 +255,7 @@ def group_norm_silu_bwd(
         if wanted:
             steps = loop_count(triton.cdiv(N, SMALL_N))
             sizes = (strides[1], N * C, N * G, C, S, G, N, steps)
-            blocks = {"HAS_REST": not p.resident, "BLOCK_N": SMALL_N, "BLOCK_C": SMALL_C}
+            blocks = {"HAS_REST": p.kind != "resident", "BLOCK_N": SMALL_N, "BLOCK_C": SMALL_C}
             _group_norm_silu_small_kernel[(triton.cdiv(C, SMALL_C),)](
                 weight, bias, scale, rstd, abx, s12, *grads, *sizes, **group, **blocks
             )

@@ -87,7 +87,7 @@ def triton_ends():
         group_norm_silu,
         group_norm_silu_bwd,
         group_norm_silu_bwd_large,
-        group_norm_silu_tiles,
+        group_norm_silu_plan,
         noise,
     )
     from engine.kernels import reverse_step as step
@@ -114,7 +114,7 @@ def triton_ends():
     executor.__call__ = run_ends
     executor._restore_args_dev = lambda *_: None  # would copy all of each tensor onto itself
     # Shorter loops: more chunks, more of them merged at a time.
-    group_norm_silu_tiles.MAX_CHUNKS = 1 << 16
+    group_norm_silu_plan.MAX_CHUNKS = 1 << 16
     group_norm_silu_bwd.MERGE = group_norm_silu_bwd_large.MERGE = tl.constexpr(4096)
     return {
         "ends": partial(setattr, run_ends, "count"),

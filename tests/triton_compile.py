@@ -111,6 +111,8 @@ def launches():
         backward = (dy, x, x2, *operands, *stats, groups, True)
         yield label, group_norm_silu.group_norm_silu_bwd, backward
 
+    yield from group_norm(64, 192, 64, 32, bf16, False)  # walk, C/G = 6
+    yield from group_norm(16, 640, 32, 32, f16, True)  # walk forward
     yield from pair(128, 256, 128, 32, 32, bf16, False)  # a group of 12 straddles the seam
     yield from pair(128, 256, 128, 32, 32, bf16, True)
     yield from pair(8, 320, 160, 64, 32, bf16, False)  # large
