@@ -205,7 +205,7 @@ def triton_kind(request, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape, groups", [((2, 12, 7, 9), 4), ((1, 40, 6, 8), 2)], ids=str)
+@pytest.mark.parametrize("shape, groups", [((2, 12, 5, 7), 4), ((1, 20, 6, 8), 2)], ids=str)
 @pytest.mark.parametrize("first", [0, 7])
 @pytest.mark.skipif(bool(dispatch.absence(OP, "triton")), reason="Triton is not installed")
 def test_every_kind_of_triton_program(triton_kind, shape, groups, layout, first):
@@ -216,6 +216,38 @@ def test_every_kind_of_triton_program(triton_kind, shape, groups, layout, first)
     else:
         inputs["x"] = as_layout(inputs["x"], layout)
     check("triton", inputs, groups, ("add", "scale"), dy_layout="channels_last")
+
+
+CLUSTERED = {  # (N, C, H, W), groups: of 96 to 192 KB in 16-bit dtypes, 3 to 8 blocks
+    "planes": ((2, 4, 128, 128), 1),
+    "pieces of planes": ((1, 6, 128, 160), 2),
+    "many channels": ((2, 72, 64, 64), 4),
+}
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="clusters need a GPU of sm_90 or newer")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.parametrize("name", CLUSTERED)
+def test_clusters(name, first, dtype):
+    """What CLUSTERS of kernels/native.py waits for: the unproven kernel against the proven one."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters need sm_90")
+    shape, groups = CLUSTERED[name]
+    inputs = make_inputs(shape, dtype, ("add", "scale", "shift"))
+    x = inputs.pop("x")
+    halves = [t.contiguous() for t in x.split([first, shape[1] - first], 1)] if first else [x, None]
+    rest = (*inputs.values(), groups, 1e-5, True)
+    truth = reference.group_norm_silu(
+        x.double(), *(inputs[k].double() for k in ("weight", "bias")), groups,
+        **{k: inputs[k].double() for k in ("add", "scale", "shift")},
+    )  # fmt: skip
+    plain = torch.ops.engine.group_norm_silu_fwd(*halves, *rest)
+    for _ in range(3):
+        got = torch.ops.engine.group_norm_silu_fwd_cluster(*halves, *rest, True)
+        assert_within_budget(got[0], truth, plain[0], factor=FORWARD)
+        for a, b in zip(got[1:], plain[1:], strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 SET = {  # (N, C, S): how bfloat16 in 32 groups is cut on an H100, contiguous and channels_last
