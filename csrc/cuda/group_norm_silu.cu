@@ -2,6 +2,7 @@
 //   xhat = (u - mean) rstd;  v = xhat gamma + beta, gamma = weight (1 + scale),
 //   beta = bias (1 + scale) + shift;  y = v sigmoid(v), or v.  Backward: group_norm_silu_bwd.cu.
 //
+// A pair (x, x2) is read as its concatenation: a thread's channel says which half it lies in.
 // Two passes over registers: the mean, then d = u - mean: its sum corrects the mean's rounding, its
 // squares give the variance. mean and rstd (N, G) are saved in float32.
 //
@@ -11,7 +12,8 @@
 // The pieces' statistics lie in y, which the last launch overwrites: no workspace. Layouts:
 // group_norm_silu.h. No atomics: the same bits on every run.
 // Bytes per element: x read once (twice for large groups), y written once: 4 (6) in bf16, 8 (12) in
-// float32. Refuses nothing; misaligned planes and odd channel counts are read element by element.
+// float32. Refuses nothing (both halves of a pair have one layout: csrc/ops.cpp); misaligned planes
+// and odd channel counts are read element by element.
 #include "group_norm_silu_planes.h"
 
 namespace engine {

@@ -13,7 +13,8 @@
 // small launch makes the gradients of the operands. Every sum has one writer and a fixed order: the
 // same bits on every run.
 // Bytes per element: x, dy read, dx written: 6 in bf16, 12 in float32; large groups read x and dy
-// twice (10, 20); dy in the other layout adds a read and a write (4, 8). Refuses nothing.
+// twice (10, 20); dy in the other layout adds a read and a write (4, 8). Refuses nothing. Of a pair
+// (x, x2), (dx, dx2) take the places of x and dx.
 #include "group_norm_silu_bwd.h"
 
 namespace engine {
