@@ -317,7 +317,7 @@ def test_a_step_keeps_nan_and_refuses_rows_outside_the_table(cuda, x_last, out_l
 
 
 def test_the_emulation_catches_broken_barriers():
-    """The first barrier of the forward's slabs deleted, one of the backward not reached by all threads."""
+    """The first barrier of the forward's slabs deleted, one of the backward not reached by all."""
     namespace = "engine_emu_broken"
     deleted = ("__syncthreads();", "")
     divergent = ("__syncthreads();", "if (threadIdx.x < 32) __syncthreads();")
