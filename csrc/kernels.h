@@ -55,6 +55,10 @@ void group_norm_silu_fwd_cpu(const GroupNormSilu& p, void* y, float* mean, float
 void group_norm_silu_fwd_cuda(const GroupNormSilu& p, void* y, float* mean, float* rstd,
                               void* stream);
 
+// The same by thread-block clusters; false where they do not serve the call or the device.
+bool group_norm_silu_fwd_cluster_cuda(const GroupNormSilu& p, void* y, float* mean, float* rstd,
+                                      void* stream);
+
 // workspace: 3 * N * C float32, sums over S of (du, du * xhat, xhat) per (n, c).
 void group_norm_silu_bwd_cpu(const GroupNormSilu& p, const void* dy, bool dy_channels_last,
                              const float* mean, const float* rstd, float* workspace,

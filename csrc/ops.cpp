@@ -325,6 +325,26 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_fwd(
   return {y, mean, rstd};
 }
 
+#ifdef ENGINE_CUDA
+// The same by thread-block clusters; where they do not serve, an error if `strict`.
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_fwd_cluster(
+    const Tensor& x, const OptionalTensor& x2, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& add, const OptionalTensor& scale,
+    const OptionalTensor& shift, int64_t num_groups, double eps, bool silu, bool strict) {
+  const auto p =
+      group_norm_silu_params(x, x2, weight, bias, add, scale, shift, num_groups, eps, silu);
+  Cuda device(x);
+  Tensor y = x2 ? allocate_channels(x, p.C, p.channels_last) : allocate_like(x);
+  Tensor mean = allocate_floats(x, {p.N, p.G}), rstd = allocate_floats(x, {p.N, p.G});
+  const bool served = engine::group_norm_silu_fwd_cluster_cuda(p, y.data_ptr(), floats(mean),
+                                                               floats(rstd), device.stream);
+  STD_TORCH_CHECK(served || !strict,
+                  "clusters serve contiguous groups of 2 to 8 blocks on sm_90 and newer");
+  if (!served) device.group_norm_silu_fwd(p, y.data_ptr(), floats(mean), floats(rstd));
+  return {y, mean, rstd};
+}
+#endif
+
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(
     const Tensor& dy, const Tensor& x, const OptionalTensor& x2, const OptionalTensor& weight,
@@ -720,6 +740,11 @@ STABLE_TORCH_LIBRARY(ENGINE_NS, m) {
       "group_norm_silu_fwd(Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? add, "
       "Tensor? scale, Tensor? shift, int num_groups, float eps, bool silu) -> (Tensor y, Tensor "
       "mean, Tensor rstd)");
+  // UNPROVEN, for CUDA tensors alone: csrc/cuda/group_norm_silu_cluster.cu.
+  m.def(
+      "group_norm_silu_fwd_cluster(Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? "
+      "add, Tensor? scale, Tensor? shift, int num_groups, float eps, bool silu, bool strict) -> "
+      "(Tensor y, Tensor mean, Tensor rstd)");
   m.def(
       "group_norm_silu_bwd(Tensor dy, Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? "
       "add, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, int num_groups, bool silu) -> "
@@ -761,6 +786,9 @@ STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CPU, m) {
   m.impl("forward_noise_loss_slope_fwd", TORCH_BOX(&forward_noise_loss_slope_fwd));
 }
 #ifdef ENGINE_CUDA
-STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CUDA, m) { register_ops<Cuda>(m); }
+STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CUDA, m) {
+  register_ops<Cuda>(m);
+  m.impl("group_norm_silu_fwd_cluster", TORCH_BOX(&group_norm_silu_fwd_cluster));
+}
 #endif
 #endif

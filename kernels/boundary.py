@@ -121,6 +121,10 @@ def _group_norm_silu_fwd(x, x2, weight, bias, add, scale, shift, num_groups, eps
     )
 
 
+def _group_norm_silu_fwd_cluster(*args):  # and `strict`; a CUDA op of `native` alone
+    return _group_norm_silu_fwd(*args[:-1])
+
+
 def _group_norm_silu_bwd(
     dy, x, x2, weight, bias, add, scale, shift, mean, rstd, num_groups, silu
 ):  # absent operands have gradients of shape (0,)
@@ -192,6 +196,7 @@ def _noise_fwd(out, seed, step, stream, offset):
 
 FAKES = {
     "group_norm_silu_fwd": _group_norm_silu_fwd,
+    "group_norm_silu_fwd_cluster": _group_norm_silu_fwd_cluster,
     "group_norm_silu_bwd": _group_norm_silu_bwd,
     "attention_fwd": _attention_fwd,
     "attention_bwd": _attention_bwd,

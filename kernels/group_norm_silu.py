@@ -1,11 +1,13 @@
 """Triton: GroupNorm with conditioning and SiLU, forward (backward: group_norm_silu_bwd.py).
 
 forward   u = x + add;  x̂ = (u - mean)·rstd;  v = (x̂·weight + bias)·(1 + scale) + shift;  y = v·σ(v)
+pair      x may be two tensors, concatenated along the channels, each in its own layout
 grid      resident: one program per (n, slab of groups), x read once;
+          walk: the same, x read again from a cache (group_norm_silu_walk.py);
           large: stats per (n, slab, channel chunk, position chunk), then apply with the same grid
 saved     mean, rstd (N, G) float32; centred sums, merged by Chan et al. 1983, never E[x²] - E[x]²
 refused   dtypes other than float32, bfloat16, float16; CPU tensors outside the interpreter
-bound by  bytes: 4 an element in bf16 resident (x in, y out), 6 large; float32 twice that
+bound by  bytes: 4 an element in bf16 resident or walk (x in, y out), 6 large; float32 twice that
 """
 
 import torch
@@ -14,22 +16,26 @@ import triton.language as tl
 
 from . import boundary
 from .group_norm_silu_bwd import group_norm_silu_bwd
+from .group_norm_silu_plan import Shape, device_of, plan
 from .group_norm_silu_tiles import (
-    RESIDENT,
     act,
     affine,
     centred,
     channels,
     channels_last,
+    halves,
+    in_order,
+    layouts,
+    merged_tile,
     operand,
     place,
-    plan,
     plane,
     pointers,
     row_stride,
     to_channels,
     unless_alone,
 )
+from .group_norm_silu_walk import _group_norm_silu_walk_kernel
 from .triton_base import loop_count, programs, rounded
 from .triton_base import refusals as base_refusals
 
@@ -37,6 +43,7 @@ from .triton_base import refusals as base_refusals
 @triton.jit
 def _group_norm_silu_fwd_kernel(
     x_ptr,
+    x2_ptr,  # (N, C - CA, S) or None
     weight_ptr,  # (C,) or None, like bias
     bias_ptr,
     add_ptr,  # (N, C) with its row stride, or None, like scale and shift
@@ -49,12 +56,15 @@ def _group_norm_silu_fwd_kernel(
     stride_scalen,
     stride_shiftn,
     C,
+    CA,  # channels of x
     S,
     G,
     eps,
     GROUP: tl.constexpr,  # channels of a group
     SILU: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    X_LAST: tl.constexpr,
+    X2_LAST: tl.constexpr,
+    Y_LAST: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -65,7 +75,7 @@ def _group_norm_silu_fwd_kernel(
     c, c_mask = channels(g0, 0, C, GROUP, BLOCK_G, BLOCK_C)
     s = tl.arange(0, BLOCK_S)
     mask = c_mask[:, None] & (s < S)[None, :]
-    x_at = pointers(x_ptr, n, g0 * GROUP, 0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
+    x_at = halves(x_ptr, x2_ptr, n, g0 * GROUP, 0, C, CA, S, X_LAST, X2_LAST, BLOCK_C, BLOCK_S)
     u = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
     u += operand(add_ptr, n * stride_addn + c, c_mask, 0.0)[:, None]
 
@@ -81,25 +91,28 @@ def _group_norm_silu_fwd_kernel(
     )
     rstd = to_channels(unless_alone(rstd, S, GROUP), GROUP, BLOCK_G, BLOCK_C)
     y = act(d * rstd[:, None], gain, offset, SILU)
-    y_at = pointers(y_ptr, n, g0 * GROUP, 0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
+    y_at = pointers(y_ptr, n, g0 * GROUP, 0, C, S, Y_LAST, BLOCK_C, BLOCK_S)
     tl.store(y_at, rounded(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _group_norm_silu_stats_kernel(
     x_ptr,
+    x2_ptr,
     add_ptr,
     stats_ptr,  # (3, N·G, C_CHUNKS·S_CHUNKS): base, mean - base, centred sum of squares
     stride_addn,
     stats_size,  # N·G·C_CHUNKS·S_CHUNKS
     C,
+    CA,
     S,
     G,
     C_CHUNKS,
     S_CHUNKS,
     TILES,  # of BLOCK_S positions in a chunk
     GROUP: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    X_LAST: tl.constexpr,
+    X2_LAST: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -111,22 +124,17 @@ def _group_norm_silu_stats_kernel(
     width = tl.minimum(BLOCK_C, GROUP - chunk_c * BLOCK_C)  # channels of each group
     count = tl.cast(0.0, tl.float32)
     base = tl.zeros((BLOCK_G,), tl.float32)
-    delta = tl.zeros((BLOCK_G,), tl.float32)  # mean - base, kept apart to keep its digits
+    delta = tl.zeros((BLOCK_G,), tl.float32)
     m2 = tl.zeros((BLOCK_G,), tl.float32)
     for i in range(TILES):
         s0 = (chunk_s * TILES + i) * BLOCK_S
         mask = c_mask[:, None] & (tl.arange(0, BLOCK_S) < S - s0)[None, :]
-        x_at = pointers(x_ptr, n, c0, s0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
+        x_at = halves(x_ptr, x2_ptr, n, c0, s0, C, CA, S, X_LAST, X2_LAST, BLOCK_C, BLOCK_S)
         u = tl.load(x_at, mask=mask, other=0.0).to(tl.float32) + add
         more = (width * tl.maximum(0, tl.minimum(BLOCK_S, S - s0))).to(tl.float32)
-        some = tl.maximum(more, 1.0)
-        mean_i, rest_i, _d, m2_i = centred(u, mask, some, GROUP, BLOCK_G, BLOCK_C)
-        base = tl.where(i == 0, mean_i, base)
-        apart = (mean_i - base) + rest_i - delta
-        share = more / (count + more)
-        delta += apart * share
-        m2 += m2_i + apart * apart * count * share
-        count += more
+        count, base, delta, m2 = merged_tile(
+            i == 0, count, base, delta, m2, u, mask, more, GROUP, BLOCK_G, BLOCK_C
+        )
     g = g0 + tl.arange(0, BLOCK_G)
     at = (n * G + g) * (C_CHUNKS * S_CHUNKS) + chunk_c * S_CHUNKS + chunk_s
     tl.store(stats_ptr + at, base, mask=g < G)
@@ -169,6 +177,7 @@ def _merged(
 @triton.jit
 def _group_norm_silu_apply_kernel(
     x_ptr,
+    x2_ptr,
     weight_ptr,
     bias_ptr,
     add_ptr,
@@ -183,6 +192,7 @@ def _group_norm_silu_apply_kernel(
     stride_shiftn,
     stats_size,
     C,
+    CA,
     S,
     G,
     eps,
@@ -191,7 +201,9 @@ def _group_norm_silu_apply_kernel(
     TILES,
     GROUP: tl.constexpr,
     SILU: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    X_LAST: tl.constexpr,
+    X2_LAST: tl.constexpr,
+    Y_LAST: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -231,16 +243,18 @@ def _group_norm_silu_apply_kernel(
     for i in range(TILES):
         s0 = (chunk_s * TILES + i) * BLOCK_S
         mask = c_mask[:, None] & (tl.arange(0, BLOCK_S) < S - s0)[None, :]
-        x_at = pointers(x_ptr, n, c0, s0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
-        u = tl.load(x_at, mask=mask, other=0.0).to(tl.float32) + add
+        x_at = halves(x_ptr, x2_ptr, n, c0, s0, C, CA, S, X_LAST, X2_LAST, BLOCK_C, BLOCK_S)
+        u = tl.load(x_at, mask=mask, other=0.0, eviction_policy="evict_first")
+        u = u.to(tl.float32) + add
         y = act(((u - base) - mean) * rstd, gain, offset, SILU)
-        y_at = pointers(y_ptr, n, c0, s0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
-        tl.store(y_at, rounded(y, y_ptr.dtype.element_ty), mask=mask)
+        y_at = pointers(y_ptr, n, c0, s0, C, S, Y_LAST, BLOCK_C, BLOCK_S)
+        # Neither is read again here: let them not push out what is.
+        tl.store(y_at, rounded(y, y_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
 def group_norm_silu_fwd(
     x: torch.Tensor,  # (N, C, *S) dense contiguous or channels_last
-    x2: torch.Tensor | None,
+    x2: torch.Tensor | None,  # (N, C2, *S) either layout: the last channels of a pair
     weight: torch.Tensor | None,  # (C,)
     bias: torch.Tensor | None,  # (C,)
     add: torch.Tensor | None,  # (N, C) any row stride, like scale and shift
@@ -250,28 +264,39 @@ def group_norm_silu_fwd(
     eps: float,
     silu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # y like x; mean, rstd (N, G) float32
-    N, C, G = x.shape[0], x.shape[1], num_groups
-    S = x.numel() // (N * C)
-    last = channels_last(x)
-    p = plan(C // G, S, G, x.element_size(), last, RESIDENT)
-    y = torch.empty_like(x)
+    N, CA, G = x.shape[0], x.shape[1], num_groups
+    S = x.numel() // (N * CA)
+    if x2 is None:
+        C, y = CA, torch.empty_like(x)
+    else:
+        C, y = CA + x2.shape[1], boundary.empty_like_pair(x, x2)
+    lasts, y_last = layouts(x, x2), channels_last(y)
+    order = (*in_order(lasts, x, x2), y_last)
+    p = plan(Shape("fwd", N, C // G, S, G, x.element_size(), order, C - CA), device_of(x))
     mean = x.new_empty((N, G), dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    operands = (x, weight, bias, add, scale, shift)
+    operands = (x, x2, weight, bias, add, scale, shift)
     strides = (row_stride(add), row_stride(scale), row_stride(shift))
-    flags = {"GROUP": C // G, "CHANNELS_LAST": last, **p.blocks, **p.options}
+    flags = {"GROUP": C // G, "X_LAST": lasts[0], "X2_LAST": lasts[1], **p.blocks, **p.options}
+    out = {"SILU": silu, "Y_LAST": y_last}
     with torch.cuda.device_of(x):
-        if p.resident:
+        if p.kind == "walk":
+            cuts = (loop_count(p.c_chunks), loop_count(p.tiles))
+            _group_norm_silu_walk_kernel[programs(N * p.slabs)](
+                *operands, y, mean, rstd, *strides, C, CA, S, G, eps, *cuts, **out, **flags
+            )
+            return y, mean, rstd
+        if p.kind == "resident":
             _group_norm_silu_fwd_kernel[programs(N * p.slabs)](
-                *operands, y, mean, rstd, *strides, C, S, G, eps, SILU=silu, **flags
+                *operands, y, mean, rstd, *strides, C, CA, S, G, eps, **out, **flags
             )
             return y, mean, rstd
         chunks = p.c_chunks * p.s_chunks
         grid = programs(N * p.slabs * chunks)
         stats = x.new_empty((3, N * G, chunks), dtype=torch.float32)
-        sizes = (stats[0].numel(), C, S, G)
+        sizes = (stats[0].numel(), C, CA, S, G)
         cuts = (p.c_chunks, p.s_chunks, loop_count(p.tiles))
-        _group_norm_silu_stats_kernel[grid](x, add, stats, strides[0], *sizes, *cuts, **flags)
+        _group_norm_silu_stats_kernel[grid](x, x2, add, stats, strides[0], *sizes, *cuts, **flags)
         _group_norm_silu_apply_kernel[grid](
             *operands,
             stats,
@@ -282,7 +307,7 @@ def group_norm_silu_fwd(
             *sizes,
             eps,
             *cuts,
-            SILU=silu,
+            **out,
             BLOCK_K=triton.next_power_of_2(chunks),
             **flags,
         )
@@ -290,11 +315,9 @@ def group_norm_silu_fwd(
 
 
 def refusals(op: str, x, x2, weight, bias, add, scale, shift, num_groups, eps, silu) -> list[str]:
-    reasons = base_refusals(x, weight, bias, add, scale, shift)
+    reasons = base_refusals(x, x2, weight, bias, add, scale, shift)
     if x.numel() // (x.shape[0] * x.shape[1]) >= 2**31:
         reasons.append("has 32-bit positions: needs fewer than 2^31 a channel")
-    if x2 is not None:
-        reasons.append("reads no pair (a, b) yet")
     return reasons
 
 

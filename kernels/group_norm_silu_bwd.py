@@ -6,11 +6,12 @@ backward  dv = dy·σ(v)·(1 + v·(1 - σ(v))), v and x̂ recomputed from x, mea
           dx = rstd·(γ·dv - (S1 + x̂·S2)/M);  dadd = rstd·(γ·A - (S·S1 + X·S2)/M);  dshift = A
           dscale = weight·B + bias·A;  dweight = Σₙ(1 + scale)·B;  dbias = Σₙ(1 + scale)·A
 grid      resident: one program per (n, slab of groups), x and dy read once;
+          walk: the same, read again from a cache (group_norm_silu_walk.py);
           large: sums, merge, dx (group_norm_silu_bwd_large.py);
-          both end with one small launch per channel block, over n
+          all end with one small launch per channel block, over n
 sums      single writer, fixed order, no atomics: the same bits on every run
-bound by  bytes: 6 an element in bf16 resident (x, dy in, dx out), 10 large; float32 twice that
-dy may have the other layout than x.
+bound by  bytes: 6 an element in bf16 resident or walk (x, dy in, dx out), 10 large; float32: twice
+x may be a pair (x, x2), each half and dy in its own layout.
 """
 
 import torch
@@ -23,15 +24,17 @@ from .group_norm_silu_bwd_large import (
     _group_norm_silu_merge_kernel,
     _group_norm_silu_sums_kernel,
 )
+from .group_norm_silu_plan import Shape, device_of, plan
 from .group_norm_silu_tiles import (
-    RESIDENT_BWD,
     act_grad,
     affine,
     by_group,
     channels,
     channels_last,
+    halves,
+    in_order,
+    layouts,
     operand,
-    plan,
     plane,
     pointers,
     row_stride,
@@ -39,6 +42,7 @@ from .group_norm_silu_tiles import (
     to_channels,
     unless_alone,
 )
+from .group_norm_silu_walk import _group_norm_silu_bwd_walk_kernel
 from .triton_base import loop_count, programs, rounded
 
 SMALL_N, SMALL_C = 32, 32  # tile of the last launch
@@ -48,6 +52,7 @@ SMALL_N, SMALL_C = 32, 32  # tile of the last launch
 def _group_norm_silu_bwd_kernel(
     dy_ptr,
     x_ptr,
+    x2_ptr,  # (N, C - CA, S) or None, like dx2
     weight_ptr,  # (C,) or None, like bias
     bias_ptr,
     add_ptr,  # (N, C) with its row stride, or None, like scale and shift
@@ -56,6 +61,7 @@ def _group_norm_silu_bwd_kernel(
     mean_ptr,  # (N, G)
     rstd_ptr,
     dx_ptr,
+    dx2_ptr,
     abx_ptr,  # (3, N, C) or None: A, B, X
     s12_ptr,  # (3, N, G) or None: S1, S2, unused
     stride_addn,
@@ -64,11 +70,13 @@ def _group_norm_silu_bwd_kernel(
     abx_size,
     s12_size,
     C,
+    CA,
     S,
     G,
     GROUP: tl.constexpr,
     SILU: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    X_LAST: tl.constexpr,
+    X2_LAST: tl.constexpr,
     DY_LAST: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -80,7 +88,7 @@ def _group_norm_silu_bwd_kernel(
     c, c_mask = channels(g0, 0, C, GROUP, BLOCK_G, BLOCK_C)
     s = tl.arange(0, BLOCK_S)
     mask = c_mask[:, None] & (s < S)[None, :]
-    x_at = pointers(x_ptr, n, g0 * GROUP, 0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
+    x_at = halves(x_ptr, x2_ptr, n, g0 * GROUP, 0, C, CA, S, X_LAST, X2_LAST, BLOCK_C, BLOCK_S)
     x = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
     dy_at = pointers(dy_ptr, n, g0 * GROUP, 0, C, S, DY_LAST, BLOCK_C, BLOCK_S)
     dy = tl.load(dy_at, mask=mask, other=0.0).to(tl.float32)
@@ -106,7 +114,7 @@ def _group_norm_silu_bwd_kernel(
     S1_c = to_channels(S1 / count, GROUP, BLOCK_G, BLOCK_C)[:, None]
     S2_c = to_channels(S2 / count, GROUP, BLOCK_G, BLOCK_C)[:, None]
     dx = rstd * (gain[:, None] * dv - (S1_c + x_hat * S2_c))
-    dx_at = pointers(dx_ptr, n, g0 * GROUP, 0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
+    dx_at = halves(dx_ptr, dx2_ptr, n, g0 * GROUP, 0, C, CA, S, X_LAST, X2_LAST, BLOCK_C, BLOCK_S)
     tl.store(dx_at, rounded(dx, dx_ptr.dtype.element_ty), mask=mask)
     store_sums(abx_ptr, abx_size, n * C + c, c_mask, A, B, X)
     if s12_ptr is not None:
@@ -183,7 +191,7 @@ def _group_norm_silu_small_kernel(
 def group_norm_silu_bwd(
     dy: torch.Tensor,  # (N, C, *S) dense contiguous or channels_last
     x: torch.Tensor,  # (N, C, *S) either layout
-    x2: torch.Tensor | None,
+    x2: torch.Tensor | None,  # (N, C2, *S) either layout
     weight: torch.Tensor | None,  # (C,)
     bias: torch.Tensor | None,  # (C,)
     add: torch.Tensor | None,  # (N, C) any row stride, like scale and shift
@@ -193,12 +201,12 @@ def group_norm_silu_bwd(
     rstd: torch.Tensor,  # (N, G)
     num_groups: int,
     silu: bool,
-) -> tuple[torch.Tensor, ...]:  # dx like x; dweight, dbias, dadd, dscale, dshift float32
-    N, C, G = x.shape[0], x.shape[1], num_groups
-    S = x.numel() // (N * C)
-    last = channels_last(x)
-    dy_last = channels_last(dy)
-    p = plan(C // G, S, G, x.element_size(), last, RESIDENT_BWD, dy_last)
+) -> tuple[torch.Tensor, ...]:  # dx, dx2; dweight, dbias, dadd, dscale, dshift float32
+    N, C, G, CA = x.shape[0], dy.shape[1], num_groups, x.shape[1]
+    S = x.numel() // (N * CA)
+    lasts, dy_last = layouts(x, x2), channels_last(dy)
+    order = (*in_order(lasts, x, x2), dy_last)
+    p = plan(Shape("bwd", N, C // G, S, G, x.element_size(), order, C - CA), device_of(x))
 
     def grad(like: torch.Tensor | None) -> torch.Tensor | None:
         return None if like is None else x.new_empty(like.shape, dtype=torch.float32)
@@ -206,20 +214,25 @@ def group_norm_silu_bwd(
     def workspace(*shape: int) -> torch.Tensor:
         return x.new_empty(shape, dtype=torch.float32)
 
-    dx = torch.empty_like(x)
+    dx, dx2 = torch.empty_like(x), None if x2 is None else torch.empty_like(x2)
     grads = [grad(t) for t in (weight, bias, add, scale, shift)]
     wanted = any(t is not None for t in grads)
     abx = workspace(3, N, C) if wanted else None
-    s12 = workspace(3, N, G) if not p.resident or add is not None else None
-    operands = (dy, x, weight, bias, add, scale, shift, mean, rstd)
+    s12 = workspace(3, N, G) if p.kind != "resident" or add is not None else None
+    operands = (dy, x, x2, weight, bias, add, scale, shift, mean, rstd)
     strides = (row_stride(add), row_stride(scale), row_stride(shift))
     group = {"GROUP": C // G, "enable_fp_fusion": True}
-    flags = {"SILU": silu, "CHANNELS_LAST": last, "DY_LAST": dy_last, **group, **p.blocks}
-    flags |= p.options
+    flags = {"SILU": silu, "X_LAST": lasts[0], "X2_LAST": lasts[1], "DY_LAST": dy_last}
+    flags |= group | p.blocks | p.options
     with torch.cuda.device_of(x):
-        if p.resident:
+        if p.kind == "walk":
+            cuts = (loop_count(p.c_chunks), loop_count(p.tiles))
+            _group_norm_silu_bwd_walk_kernel[programs(N * p.slabs)](
+                *operands, dx, dx2, abx, s12, *strides, N * C, N * G, C, CA, S, G, *cuts, **flags
+            )
+        elif p.kind == "resident":
             _group_norm_silu_bwd_kernel[programs(N * p.slabs)](
-                *operands, dx, abx, s12, *strides, N * C, N * G, C, S, G, **flags
+                *operands, dx, dx2, abx, s12, *strides, N * C, N * G, C, CA, S, G, **flags
             )
         else:
             grid = programs(N * p.slabs * p.c_chunks * p.s_chunks)
@@ -227,7 +240,7 @@ def group_norm_silu_bwd(
             sizes = (sums[0].numel(), N * C)
             cuts = (p.c_chunks, p.s_chunks, loop_count(p.tiles))
             _group_norm_silu_sums_kernel[grid](
-                *operands, sums, *strides, *sizes, C, S, G, *cuts, **flags
+                *operands, sums, *strides, *sizes, C, CA, S, G, *cuts, **flags
             )
             steps = loop_count(triton.cdiv(p.s_chunks, MERGE.value))
             cuts_c = (loop_count(p.c_chunks), p.s_chunks, steps)
@@ -237,13 +250,14 @@ def group_norm_silu_bwd(
                 **group, **blocks,
             )  # fmt: skip
             _group_norm_silu_dx_kernel[grid](
-                *operands, s12, dx, *strides, N * G, C, S, G, *cuts, **flags
+                *operands, s12, dx, dx2, *strides, N * G, C, CA, S, G, *cuts, **flags
             )
         if wanted:
             steps = loop_count(triton.cdiv(N, SMALL_N))
             sizes = (strides[1], N * C, N * G, C, S, G, N, steps)
-            blocks = {"HAS_REST": not p.resident, "BLOCK_N": SMALL_N, "BLOCK_C": SMALL_C}
+            blocks = {"HAS_REST": p.kind != "resident", "BLOCK_N": SMALL_N, "BLOCK_C": SMALL_C}
             _group_norm_silu_small_kernel[(triton.cdiv(C, SMALL_C),)](
                 weight, bias, scale, rstd, abx, s12, *grads, *sizes, **group, **blocks
             )
-    return dx, x.new_empty((0,)), *(workspace(0) if t is None else t for t in grads)
+    dx2 = x.new_empty((0,)) if x2 is None else dx2
+    return dx, dx2, *(workspace(0) if t is None else t for t in grads)

@@ -14,6 +14,7 @@ from .group_norm_silu_tiles import (
     affine,
     by_group,
     channels,
+    halves,
     operand,
     place,
     plane,
@@ -29,6 +30,7 @@ MERGE = tl.constexpr(16)  # chunks added at a time
 def _group_norm_silu_sums_kernel(
     dy_ptr,
     x_ptr,
+    x2_ptr,
     weight_ptr,
     bias_ptr,
     add_ptr,
@@ -43,6 +45,7 @@ def _group_norm_silu_sums_kernel(
     sums_size,  # S_CHUNKS·N·C
     chunk_size,  # N·C
     C,
+    CA,
     S,
     G,
     C_CHUNKS,
@@ -50,7 +53,8 @@ def _group_norm_silu_sums_kernel(
     TILES,
     GROUP: tl.constexpr,
     SILU: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    X_LAST: tl.constexpr,
+    X2_LAST: tl.constexpr,
     DY_LAST: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -71,7 +75,7 @@ def _group_norm_silu_sums_kernel(
     for i in range(TILES):
         s0 = (chunk_s * TILES + i) * BLOCK_S
         mask = c_mask[:, None] & (tl.arange(0, BLOCK_S) < S - s0)[None, :]
-        x_at = pointers(x_ptr, n, c0, s0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
+        x_at = halves(x_ptr, x2_ptr, n, c0, s0, C, CA, S, X_LAST, X2_LAST, BLOCK_C, BLOCK_S)
         u = tl.load(x_at, mask=mask, other=0.0).to(tl.float32) + add
         dy_at = pointers(dy_ptr, n, c0, s0, C, S, DY_LAST, BLOCK_C, BLOCK_S)
         dy = tl.load(dy_at, mask=mask, other=0.0).to(tl.float32)
@@ -149,6 +153,7 @@ def _group_norm_silu_merge_kernel(
 def _group_norm_silu_dx_kernel(
     dy_ptr,
     x_ptr,
+    x2_ptr,
     weight_ptr,
     bias_ptr,
     add_ptr,
@@ -158,11 +163,13 @@ def _group_norm_silu_dx_kernel(
     rstd_ptr,
     s12_ptr,
     dx_ptr,
+    dx2_ptr,
     stride_addn,
     stride_scalen,
     stride_shiftn,
     s12_size,
     C,
+    CA,
     S,
     G,
     C_CHUNKS,
@@ -170,7 +177,8 @@ def _group_norm_silu_dx_kernel(
     TILES,
     GROUP: tl.constexpr,
     SILU: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    X_LAST: tl.constexpr,
+    X2_LAST: tl.constexpr,
     DY_LAST: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -195,12 +203,16 @@ def _group_norm_silu_dx_kernel(
     for i in range(TILES):
         s0 = (chunk_s * TILES + i) * BLOCK_S
         mask = c_mask[:, None] & (tl.arange(0, BLOCK_S) < S - s0)[None, :]
-        x_at = pointers(x_ptr, n, c0, s0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
-        u = tl.load(x_at, mask=mask, other=0.0).to(tl.float32) + add
+        x_at = halves(x_ptr, x2_ptr, n, c0, s0, C, CA, S, X_LAST, X2_LAST, BLOCK_C, BLOCK_S)
+        u = tl.load(x_at, mask=mask, other=0.0, eviction_policy="evict_first")
+        u = u.to(tl.float32) + add
         dy_at = pointers(dy_ptr, n, c0, s0, C, S, DY_LAST, BLOCK_C, BLOCK_S)
-        dy = tl.load(dy_at, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_at, mask=mask, other=0.0, eviction_policy="evict_first")
         x_hat = (u - mean) * rstd - rest
-        dv = act_grad(dy, x_hat, gain, offset, SILU)
+        dv = act_grad(dy.to(tl.float32), x_hat, gain, offset, SILU)
         dx = rstd * (gain[:, None] * dv - (S1 + x_hat * S2))
-        dx_at = pointers(dx_ptr, n, c0, s0, C, S, CHANNELS_LAST, BLOCK_C, BLOCK_S)
-        tl.store(dx_at, rounded(dx, dx_ptr.dtype.element_ty), mask=mask)
+        dx_at = halves(dx_ptr, dx2_ptr, n, c0, s0, C, CA, S, X_LAST, X2_LAST, BLOCK_C, BLOCK_S)
+        # Neither is read again here: let them not push out what is.
+        tl.store(
+            dx_at, rounded(dx, dx_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first"
+        )

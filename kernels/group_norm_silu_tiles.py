@@ -2,26 +2,12 @@
 
 A tile is (BLOCK_C channels, BLOCK_S positions) whatever the layout: the offsets make the layout,
 and the compiler spreads threads along the dimension that is contiguous. Its channels are a slab of
-BLOCK_G whole groups, or a chunk of one group. `plan` cuts a tensor into tiles: resident (a program
-sees whole groups, so everything is read once) or large (several programs a group, more launches).
+BLOCK_G whole groups, or a chunk of one group; group_norm_silu_plan.py chooses.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-
-RESIDENT = 16384  # elements a forward program keeps in registers (16 warps, 32 a thread)
-RESIDENT_BWD = 8192  # of x, and as many of dy
-TILE = 4096  # elements a large program reads at a time
-CHUNK = 32768  # elements of a large program
-MAX_CHUNKS = 256  # position chunks
-MAX_GROUPS = 64  # of a program: sums per group compare every channel with every group
-SMALL = 2048  # a resident program takes several groups until it has so many elements
-ROW_BYTES = 128  # of a channels_last row that a program should read
-SECTOR = 32  # bytes; a program that reads less of a row wastes memory traffic
-EXTENT = 2**31  # elements between the first and the last one of a tile: its offsets are 32-bit
 
 
 @triton.jit
@@ -52,6 +38,30 @@ def pointers(
         return ptr + (n * S + s0) * C + c0 + (j * C + i)
     else:
         return ptr + (n * C + c0) * S + s0 + (i * S + j)
+
+
+@triton.jit
+def halves(
+    a_ptr,
+    b_ptr,  # None: a has all channels
+    n,
+    c0,
+    s0,
+    C,
+    CA,  # channels of a
+    S,
+    A_LAST: tl.constexpr,
+    B_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """`pointers` to a tile of the concatenation of a and b, each in its own layout."""
+    if b_ptr is None:
+        return pointers(a_ptr, n, c0, s0, C, S, A_LAST, BLOCK_C, BLOCK_S)
+    else:
+        a = pointers(a_ptr, n, c0, s0, CA, S, A_LAST, BLOCK_C, BLOCK_S)
+        b = pointers(b_ptr, n, c0 - CA, s0, C - CA, S, B_LAST, BLOCK_C, BLOCK_S)
+        return tl.where((c0 + tl.arange(0, BLOCK_C) < CA)[:, None], a, b)
 
 
 @triton.jit
@@ -139,6 +149,29 @@ def centred(u, mask, count, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C:
 
 
 @triton.jit
+def merged_tile(
+    first,  # whether this is the first tile
+    count,
+    base,
+    delta,
+    m2,
+    u,
+    mask,
+    more,  # elements of each group in this tile
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Chan's merge of the tiles before, (count, base, mean - base, centred sum of squares), and
+    this one. The mean is kept in two parts to keep its digits."""
+    mean_i, rest_i, _d, m2_i = centred(u, mask, tl.maximum(more, 1.0), GROUP, BLOCK_G, BLOCK_C)
+    base = tl.where(first, mean_i, base)
+    apart = (mean_i - base) + rest_i - delta
+    share = more / (count + more)
+    return count + more, base, delta + apart * share, m2 + m2_i + apart * apart * count * share
+
+
+@triton.jit
 def plane(ptr, i: tl.constexpr, size):
     """The i-th plane of `size` elements; i·size may pass 2³¹ where `size` does not."""
     return ptr + i * tl.cast(size, tl.int64)
@@ -163,92 +196,21 @@ def place(pid, G, C_CHUNKS, S_CHUNKS, BLOCK_G: tl.constexpr):
     return (slab // slabs).to(tl.int64), (slab % slabs) * BLOCK_G, chunk_c, chunk_s
 
 
-class Plan(NamedTuple):
-    resident: bool
-    block_g: int
-    block_c: int
-    block_s: int
-    slabs: int  # of block_g groups
-    c_chunks: int  # of block_c channels of a slab; 1 if it has several groups
-    s_chunks: int  # of tiles·block_s positions
-    tiles: int
-    aligned: bool
-
-    @property
-    def options(self) -> dict:
-        """16 elements a thread, 32 in the largest tile. 16 warps leave a thread 128 registers: too
-        few for the addresses of elements that are read one by one."""
-        warps = max(1, min(16 if self.aligned else 8, self.block_c * self.block_s // 512))
-        return {"num_warps": warps, "enable_fp_fusion": True}
-
-    @property
-    def blocks(self) -> dict:
-        return {"BLOCK_G": self.block_g, "BLOCK_C": self.block_c, "BLOCK_S": self.block_s}
-
-
 def channels_last(t: torch.Tensor) -> bool:
     """Whether t is to be read as (N, S, C); where both layouts hold, contiguous."""
     return not t.is_contiguous()
 
 
+def layouts(x: torch.Tensor, x2: torch.Tensor | None) -> tuple[bool, bool]:
+    """channels_last of x and x2; twice that of x where there is no x2."""
+    last = channels_last(x)
+    return last, last if x2 is None else channels_last(x2)
+
+
+def in_order(lasts: tuple[bool, bool], x: torch.Tensor, x2: torch.Tensor | None):
+    """`layouts`, that of the half with more channels first."""
+    return lasts if x2 is None or x.shape[1] >= x2.shape[1] else lasts[::-1]
+
+
 def row_stride(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
-
-
-def plan(
-    group: int,  # channels of a group
-    S: int,
-    G: int,
-    itemsize: int,
-    last: bool,  # layout of x
-    limit: int,  # elements of a resident tile
-    dy_last: bool | None = None,  # layout of dy
-) -> Plan:
-    """How to cut a tensor into tiles."""
-    power, lasts = triton.next_power_of_2, {last} if dy_last is None else {last, dy_last}
-    s, block_g, C = power(S), 1, G * group
-    aligned = (G * group if last else S) % 8 == 0
-    limit = limit if aligned else limit // 2
-
-    def too_far(block_c: int, block_s: int) -> bool:
-        extents = {True: (block_s - 1) * C + block_c, False: (block_c - 1) * S + block_s}
-        return any(extents[layout] > EXTENT for layout in lasts)
-
-    def row(groups: int) -> int:  # bytes of a channels_last row
-        return groups * group * itemsize
-
-    if power(group) * s <= limit and not too_far(power(limit // s), s):
-        most = min(G, MAX_GROUPS)
-        while block_g < most and power(2 * block_g * group) * s <= limit:
-            narrow = last and row(block_g) < ROW_BYTES
-            if not narrow and block_g * group * s >= SMALL:
-                break
-            block_g *= 2
-        if not last or block_g >= G or row(block_g) >= SECTOR:
-            block_c = power(block_g * group)
-            return Plan(True, block_g, block_c, s, triton.cdiv(G, block_g), 1, 1, 1, aligned)
-    block_g = 1
-    if last:
-        while block_g < G and row(block_g) < ROW_BYTES:
-            block_g *= 2
-        block_c = power(block_g * group)
-        if block_g == 1:
-            block_c = min(block_c, max(power(ROW_BYTES // itemsize), TILE // s))
-        block_s = max(1, TILE // block_c)
-    else:
-        block_s = min(s, 1024)
-        block_c = min(power(group), max(1, TILE // block_s))
-    while too_far(block_c, block_s):  # only in tensors of more than 2³¹ elements
-        if True in lasts and block_s > 1 and (block_s - 1) * C + block_c > EXTENT:
-            block_s //= 2
-        elif block_g > 1:
-            block_g //= 2
-            block_c = power(block_g * group)
-        else:
-            block_c //= 2
-    tiles = max(1, CHUNK // (block_c * block_s), triton.cdiv(S, block_s * MAX_CHUNKS))
-    tiles = min(tiles, triton.cdiv(S, block_s))
-    c_chunks = triton.cdiv(block_g * group, block_c)
-    s_chunks = triton.cdiv(S, block_s * tiles)
-    slabs = triton.cdiv(G, block_g)
-    return Plan(False, block_g, block_c, block_s, slabs, c_chunks, s_chunks, tiles, aligned)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .boundary import NATIVE, register_fakes
+from .boundary import NATIVE, mixed, register_fakes
 
 OPS = (
     "group_norm_silu_fwd",
@@ -21,6 +21,9 @@ OPS = (
     "noise_fwd",
 )
 CPU_OPS = ("forward_noise_loss_slope_fwd",)  # CUDA tensors have no kernel of it
+# GPUs, by name, whose tests of group_norm_silu_fwd_cluster (tests/test_group_norm_silu.py) passed;
+# there large contiguous groups take it. No GPU has run it yet: it is compiled, and not taken.
+CLUSTERS: tuple[str, ...] = ()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BUILD = "pip install -e . --no-build-isolation"
 
@@ -43,7 +46,7 @@ def _load() -> str | None:
         except (OSError, RuntimeError) as error:
             failures.append(f"{path} does not load ({error.__cause__ or error})")
             continue
-        register_fakes(NATIVE, OPS)
+        register_fakes(NATIVE, (*OPS, "group_norm_silu_fwd_cluster"))
         return None
     found = "; ".join(failures) or "the extension engine/_C is not built"
     return f"{found}: run `make build` or `{BUILD}`"
@@ -78,7 +81,7 @@ def refusals(op: str, *args) -> list[str]:
 
 def pair_refusals(x: Tensor, x2: Tensor) -> list[str]:
     """Why x and x2 are not read as one tensor."""
-    return ["reads no pair (a, b) yet"]
+    return ["needs both halves of x in one layout"] if mixed(x, x2) else []
 
 
 def has_cuda() -> bool:
@@ -100,9 +103,30 @@ def group_norm_silu_fwd(
     eps: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # y (N, C, *S) like x; mean, rstd (N, G) float32
+    if CLUSTERS and x.is_cuda and _has_clusters(x.device):
+        return torch.ops.engine.group_norm_silu_fwd_cluster.default(
+            x, x2, weight, bias, add, scale, shift, num_groups, eps, silu, False
+        )
     return torch.ops.engine.group_norm_silu_fwd.default(
         x, x2, weight, bias, add, scale, shift, num_groups, eps, silu
     )
+
+
+def _has_clusters(device: torch.device) -> bool:
+    return torch.cuda.get_device_name(device) in CLUSTERS
+
+
+_has_clusters._dynamo_marked_constant = True  # as dispatch._constant: no import of Dynamo
+
+
+def notes(op: str, device: torch.device) -> list[str]:
+    """What `explain` adds: kernels that are there and are not taken."""
+    if op != "group_norm_silu" or device.type != "cuda" or _has_clusters(device):
+        return []
+    return [
+        "native has a kernel of thread-block clusters for large groups; it is not taken: no test "
+        "has run it on this kind of GPU"
+    ]
 
 
 def group_norm_silu_bwd(

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 from engine.kernels import native
-from engine.kernels.boundary import register_fakes
+from engine.kernels.boundary import mixed, register_fakes
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,5 +106,5 @@ def refusals(op: str, *args) -> list[str]:
         if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype not in DTYPES:
             return [f"needs float32, bfloat16 or float16, got {t.dtype}"]
     if op == "group_norm_silu" and args[1] is not None:
-        return native.pair_refusals(args[0], args[1])
+        return ["needs both halves of x in one layout"] if mixed(args[0], args[1]) else []
     return []

@@ -87,7 +87,7 @@ def triton_ends():
         group_norm_silu,
         group_norm_silu_bwd,
         group_norm_silu_bwd_large,
-        group_norm_silu_tiles,
+        group_norm_silu_plan,
         noise,
     )
     from engine.kernels import reverse_step as step
@@ -114,7 +114,7 @@ def triton_ends():
     executor.__call__ = run_ends
     executor._restore_args_dev = lambda *_: None  # would copy all of each tensor onto itself
     # Shorter loops: more chunks, more of them merged at a time.
-    group_norm_silu_tiles.MAX_CHUNKS = 1 << 16
+    group_norm_silu_plan.MAX_CHUNKS = 1 << 16
     group_norm_silu_bwd.MERGE = group_norm_silu_bwd_large.MERGE = tl.constexpr(4096)
     return {
         "ends": partial(setattr, run_ends, "count"),
@@ -190,11 +190,13 @@ def native_ends(library: str):
 # ---- The cases ----------------------------------------------------------------------------------
 
 
-def norm(ops, n, c, s, groups, last=False, dy_last=None, whole=True) -> None:
+def norm(ops, n, c, s, groups, last=False, dy_last=None, whole=True, second=0) -> None:
     """whole: what runs holds the last group whole; else the group is longer than that, and zero but
-    for the end of its last channel."""
+    for the end of its last channel. second: channels of a second half of x, where that is."""
     group, dy_last = c // groups, last if dy_last is None else dy_last
-    x, dy = image(n, c, s, last), image(n, c, s, dy_last)
+    x, dy = image(n, c - second, s, last), image(n, c, s, dy_last)
+    halves = (x, image(n, second, s, last) if second else None)
+    x = halves[bool(second)]
     operands = [None, None, *(reserve(n, c) for _ in range(3))]  # add, scale, shift alone
     channels, positions = (group, s) if whole else (1, TAIL)
     ends = [t[-1:, -channels:, -positions:] for t in (x, dy)]
@@ -212,7 +214,7 @@ def norm(ops, n, c, s, groups, last=False, dy_last=None, whole=True) -> None:
     def end(t: torch.Tensor) -> torch.Tensor:
         return t[-1:, -channels:, -TAIL:]
 
-    y, mean, rstd = ops["fwd"](x, None, *operands, groups, 1e-5, True)
+    y, mean, rstd = ops["fwd"](*halves, *operands, groups, 1e-5, True)
     if whole:
         close("mean", mean[-1, -1], u.mean(), 1e-4)
         close("rstd", rstd[-1, -1], (u.var(correction=0) + 1e-5).rsqrt(), 1e-4)
@@ -230,7 +232,8 @@ def norm(ops, n, c, s, groups, last=False, dy_last=None, whole=True) -> None:
     dv = dv * sigmoid * (1 + v * (1 - sigmoid))
     A, B, X = (t.sum(2, keepdim=True) for t in (dv, dv * x_hat, x_hat))
     S1, S2 = (gain * A).sum(), (gain * B).sum()
-    dx, _, *grads = ops["bwd"](dy, x, None, *operands, mean, rstd, groups, True)
+    dx, dx2, *grads = ops["bwd"](dy, *halves, *operands, mean, rstd, groups, True)
+    dx = dx2 if second else dx
     close("dx", end(dx), end(r * (gain * dv - (S1 + x_hat * S2) / count)), 4e-3)
     truths = (r * (gain * A - (s * S1 + X * S2) / count), B, A)
     for name, got, truth in zip(("dadd", "dscale", "dshift"), grads[2:], truths, strict=True):
@@ -291,6 +294,7 @@ def attend(ops, n, heads, s, d, tokens: bool) -> None:
 # name: blocks or programs that run at each end of a grid, the call. N·C·S passes 2³¹: many
 # samples, or one that passes it alone.
 BATCH = {"n": 1025, "c": 4096, "s": 512, "groups": 2048}
+PAIRS = {"n": 2050, "c": 4096, "s": 512, "groups": 2048, "second": 2048}
 LONG = {"n": 1, "c": 8, "s": 2**28 + 8}
 WIDE = {"n": 1, "c": 2**22 + 2**14, "s": 512, "groups": 2**21 + 2**13}
 CASES = {
@@ -298,6 +302,8 @@ CASES = {
     "batch, channels_last": (2, partial(norm, **BATCH, last=True)),
     "batch, channels_last dy": (2, partial(norm, **BATCH, dy_last=True)),
     "batch, contiguous dy": (2, partial(norm, **BATCH, last=True, dy_last=False)),
+    "batch of pairs": (2, partial(norm, **PAIRS)),
+    "batch of pairs, channels_last": (2, partial(norm, **PAIRS, last=True, dy_last=False)),
     "batch of large groups": (8, partial(norm, n=257, c=2**14, s=512, groups=256)),
     "one sample": (2, partial(norm, n=1, c=2048, s=2**20 + 8, groups=2048, whole=False)),
     "long sample": (2, partial(norm, **LONG, groups=4, last=True, whole=False)),
@@ -319,6 +325,8 @@ CASES = {
 # CPU clears, and statistics that a program in the middle of Triton's grid saves.
 LEFT_OUT = {
     "native": (
+        "batch of pairs",
+        "batch of pairs, channels_last",
         "long rows",
         "long sample",
         "wide sample",

@@ -5,7 +5,7 @@ import torch
 import torch._dynamo.testing
 from conftest import DEVICE
 from engine.kernels import boundary, native
-from test_group_norm_silu import as_layout, make_inputs
+from test_group_norm_silu import as_layout, make_inputs, skip_unless_pairs
 
 from engine import ops
 
@@ -168,6 +168,29 @@ def test_another_batch_size_compiles_nothing_new(impl_name, backend):
     assert counts[0] == counts[-1] > 0
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("impl_name", ["eager", "native", "triton"])
+def test_fullgraph_of_a_pair(impl_name, backend, layout):
+    inputs = make_inputs((2, 8, 4, 6), torch.float32, ("add",))
+    operands = [inputs[k] for k in ("weight", "bias", "add")]
+    halves = (as_layout(t.clone(), layout) for t in inputs["x"].split([3, 5], 1))
+    leaves = [t.detach().requires_grad_() for t in (*halves, *operands)]
+    skip_unless_pairs(impl_name, *leaves[:2])
+
+    def function(a, b, weight, bias, add):
+        return ops.group_norm_silu((a * 1, b), weight, bias, 2, add=add, impl=impl_name)
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    out, expected = compiled(*leaves), function(*leaves)
+    assert torch.allclose(out, expected, rtol=1e-5, atol=1e-6)
+    assert impl_name == "eager" or out.stride() == expected.stride()
+    dout = torch.randn_like(expected)
+    grads = torch.autograd.grad(out, leaves, dout)
+    for a, b in zip(grads, torch.autograd.grad(expected, leaves, dout), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def opcheck_arguments(op: str):
     x = torch.randn(2, 8, 4, 6, device=DEVICE)
     inputs = make_inputs((2, 8, 4, 6), torch.float32, ("add", "scale", "shift"))
@@ -185,10 +208,14 @@ def opcheck_arguments(op: str):
         "group_norm_silu_fwd": [
             (x, None, *operands, 2, 1e-5, True),
             (last, *[None] * 6, 2, 1e-5, False),
+            (x[:, :3].contiguous(), x[:, 3:].contiguous(), *operands, 2, 1e-5, True),
+            (last, last, *[None] * 5, 2, 1e-5, False),
         ],
         "group_norm_silu_bwd": [
             (x, x, None, *operands, *stats, 2, True),
             (x, last, *[None] * 6, *stats, 2, False),
+            (x, x[:, :3].contiguous(), x[:, 3:].contiguous(), *operands, *stats, 2, True),
+            (torch.cat((x, x), 1), last, last, *[None] * 5, *stats, 2, False),
         ],
         "attention_fwd": [(q, q, q, 0.25)],
         "attention_bwd": [(q, q, q, q, q, lse, 0.25)],
@@ -232,4 +259,8 @@ def test_opcheck(op, impl_name, backend):
     namespace = {"native": boundary.NATIVE, "triton": boundary.TRITON}[impl_name]
     overload = getattr(getattr(torch.ops, namespace), op).default
     for arguments in opcheck_arguments(op):
+        if op.startswith("group_norm_silu"):
+            x, x2 = arguments[op.endswith("bwd") :][:2]
+            if impl_name == "native" and x2 is not None and native.pair_refusals(x, x2):
+                continue
         torch.library.opcheck(overload, arguments)

@@ -26,6 +26,7 @@ REGISTERS = {
     "forward_noise_loss_sum_kernel": 40,
     "forward_noise_grad_kernel": 64,
     "group_norm_silu_fwd_planes_kernel": 80,  # 768 threads
+    "group_norm_silu_fwd_cluster_kernel": 80,  # 384 threads, two blocks a processor
     "group_norm_silu_fwd_slabs_kernel": 104,  # 512 threads
     "group_norm_silu_merge_kernel": 64,
     "group_norm_silu_bwd_planes_kernel": 80,
@@ -120,6 +121,29 @@ def test_registers_spills_and_shared_memory(kernels):
         cap = REGISTERS[row["stem"]]
         assert row["registers"] <= cap, f"{what} uses {row['registers']} registers, over {cap}"
         assert row["shared"] <= SHARED, f"{what} uses {row['shared']} bytes of shared memory"
+
+
+def test_clusters_use_distributed_shared_memory(tmp_path):
+    """And compile for sm_90a, as `ENGINE_CUDA_ARCH=90a` builds them, without spills."""
+    if nvcc() is None:
+        pytest.skip("nvcc is not installed: there is no PTX to look at")
+    out = tmp_path / "cluster.ptx"
+    source = str(ROOT / "csrc" / "cuda" / "group_norm_silu_cluster.cu")
+    command = [nvcc(), "-std=c++17", "-O3", "-arch=sm_90a", source]
+    subprocess.run([*command, "-ptx", "-o", str(out)], check=True)
+    entries = out.read_text().split(".entry ")[1:]
+    assert len(entries) == 3  # dtypes
+    for text in entries:
+        assert "mapa" in text and text.count("barrier.cluster.arrive") == 2
+        assert text.count("barrier.cluster.wait") == 2
+    done = subprocess.run(
+        [*command, "-Xptxas", "-v", "-cubin", "-o", os.devnull], capture_output=True, text=True
+    )
+    found = [m.groupdict() for m in PROPERTIES.finditer(done.stderr)]
+    assert len(found) == 3
+    for row in found:
+        assert row["stores"] == row["loads"] == row["stack"] == "0", row["symbol"]
+        assert int(row["registers"]) <= REGISTERS["group_norm_silu_fwd_cluster_kernel"]
 
 
 def test_noise_is_made_of_single_roundings(tmp_path):

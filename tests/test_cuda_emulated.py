@@ -43,8 +43,10 @@ def check_norm(
     std=2.0,
     misaligned=False,
     bwd=True,
+    second=0,
 ):
-    """Forward and backward of one call against the float64 reference, all operands present."""
+    """Forward and backward of one call against the float64 reference, all operands present. The
+    last `second` channels are a tensor of their own."""
     n, c = shape[:2]
     x = normal(*shape, seed=1, at=mean, by=std).clamp(-65000, 65000).to(dtype)
     x = as_layout(x, channels_last)
@@ -57,8 +59,11 @@ def check_norm(
     chunks = normal(n, 3 * c, seed=3, by=0.6).chunk(3, dim=1)
     operands = [normal(c, seed=4, at=1.0, by=0.5), normal(c, seed=5, by=0.7), *chunks]
 
-    y, stat_mean, stat_rstd = cuda.group_norm_silu_fwd(x, None, *operands, groups, 1e-5, True)
-    assert y.stride() == torch.empty_like(x).stride() or misaligned
+    a, b = x, None
+    if second:
+        a, b = (as_layout(t.clone(), channels_last) for t in x.split([c - second, second], 1))
+    y, stat_mean, stat_rstd = cuda.group_norm_silu_fwd(a, b, *operands, groups, 1e-5, True)
+    assert y.stride() == torch.empty_like(x).stride() or misaligned or second
     assert stat_mean.isfinite().all() and stat_rstd.isfinite().all()
 
     def run(function, x, operands):
@@ -71,16 +76,19 @@ def check_norm(
         return reference.group_norm_silu(x, weight, bias, groups, 1e-5, **kwargs)
 
     def plain_of(x, *operands):
-        return eager.group_norm_silu(x, *operands, groups, 1e-5, True)
+        return eager.group_norm_silu(x, None, *operands, groups, 1e-5, True)
 
     truth, true_grads = run(truth_of, x.double(), [t.double() for t in operands])
     plain, plain_grads = run(plain_of, x, operands)
     assert_within_budget(y, truth, plain, factor=FORWARD)
     if not bwd:
         return
-    grads = cuda.group_norm_silu_bwd(dy, x, None, *operands, stat_mean, stat_rstd, groups, True)
+    dx, dx2, *grads = cuda.group_norm_silu_bwd(
+        dy, a, b, *operands, stat_mean, stat_rstd, groups, True
+    )
+    dx = torch.cat((dx, dx2), 1) if second else dx
     for name, got, true, of_plain in zip(
-        ("x", *OPERANDS), (grads[0], *grads[2:]), true_grads, plain_grads, strict=True
+        ("x", *OPERANDS), (dx, *grads), true_grads, plain_grads, strict=True
     ):
         assert_within_budget(got, true, of_plain, factor=GRADIENT, what=f"d{name}")
 
@@ -109,6 +117,16 @@ def test_groups_larger_than_a_block(cuda, name, dtype, channels_last, other_dy):
     check_norm(cuda, shape, groups, dtype, channels_last, other_dy=other_dy)
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["short first half", "long first half"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", LARGE)
+def test_pairs_of_groups_larger_than_a_block(cuda, name, channels_last, first):
+    shape, groups = LARGE[name]
+    second = max(1, shape[1] // 4 // 8 * 8) if first else shape[1] - 1
+    dtype = torch.bfloat16 if first else torch.float32
+    check_norm(cuda, shape, groups, dtype, channels_last, other_dy=first, second=second)
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_large_groups_of_large_mean_and_small_spread(cuda, channels_last):
     shape = (1, 2, 184, 184)
@@ -135,6 +153,16 @@ def test_tensors_that_do_not_start_at_16_bytes(cuda, shape, groups, dtype, chann
 
 def test_more_than_65535_groups(cuda):
     check_norm(cuda, (16500, 4, 1, 2), 4, torch.float32, False)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_opcheck_of_a_pair(cuda, channels_last):
+    a, b = (as_layout(normal(2, c, 4, 6, seed=c), channels_last) for c in (3, 5))
+    dy, w = as_layout(normal(2, 8, 4, 6, seed=1), not channels_last), normal(8, seed=2)
+    stats = [torch.rand(2, 2) for _ in range(2)]
+    rest = (w, *[None] * 4)
+    torch.library.opcheck(cuda.group_norm_silu_fwd, (a, b, *rest, 2, 1e-5, True))
+    torch.library.opcheck(cuda.group_norm_silu_bwd, (dy, a, b, *rest, *stats, 2, True))
 
 
 def test_same_bits_again(cuda):
@@ -289,7 +317,7 @@ def test_a_step_keeps_nan_and_refuses_rows_outside_the_table(cuda, x_last, out_l
 
 
 def test_the_emulation_catches_broken_barriers():
-    """The first barrier of the forward deleted, one of the backward not reached by all threads."""
+    """The first barrier of the forward's slabs deleted, one of the backward not reached by all."""
     namespace = "engine_emu_broken"
     deleted = ("__syncthreads();", "")
     divergent = ("__syncthreads();", "if (threadIdx.x < 32) __syncthreads();")
@@ -298,7 +326,7 @@ def test_the_emulation_catches_broken_barriers():
     )
     broken = emulation.load(library, namespace)
     x, dy = normal(1, 4, 48, 48, seed=1), normal(1, 4, 48, 48, seed=2)
-    y, mean, rstd = broken.group_norm_silu_fwd(x, *[None] * 6, 2, 1e-5, True)
+    y, mean, rstd = broken.group_norm_silu_fwd(as_layout(x, True), *[None] * 6, 2, 1e-5, True)
     assert y.isnan().any()  # a warp read what another one had not yet written
     good = emulation.backend()
     y, mean, rstd = good.group_norm_silu_fwd(x, *[None] * 6, 2, 1e-5, True)

@@ -78,7 +78,8 @@ def run(function, inputs, groups, dy, *, grad=True, **kwargs):
     """→ y and the gradients of every present input, from leaves that keep strides."""
     leaves = {k: None if t is None else t.detach().requires_grad_(grad) for k, t in inputs.items()}
     operands = {k: leaves[k] for k in ("add", "scale", "shift")}
-    y = function(leaves["x"], leaves["weight"], leaves["bias"], groups, **operands, **kwargs)
+    x = (leaves["x"], leaves["x2"]) if "x2" in leaves else leaves["x"]
+    y = function(x, leaves["weight"], leaves["bias"], groups, **operands, **kwargs)
     present = {k: t for k, t in leaves.items() if t is not None}
     if not grad:
         return y, {}
@@ -88,8 +89,9 @@ def run(function, inputs, groups, dy, *, grad=True, **kwargs):
 
 def check(impl, inputs, groups, variant=(), *, dy_layout="contiguous", eps=1e-5, dy_scale=1.0):
     g = torch.Generator().manual_seed(99)
-    x = inputs["x"]
-    dy = torch.randn(x.shape, generator=g).to(DEVICE).mul(dy_scale).to(x.dtype)
+    x, shape = inputs["x"], list(inputs["x"].shape)
+    shape[1] += inputs["x2"].shape[1] if "x2" in inputs else 0
+    dy = torch.randn(shape, generator=g).to(DEVICE).mul(dy_scale).to(x.dtype)
     activation = "none" if "none" in variant else "silu"
     exact = {k: None if t is None else t.double() for k, t in inputs.items()}
     truth, true_grads = run(
@@ -149,6 +151,177 @@ def test_variants(impl, variant, layout, dtype):
     inputs = make_inputs((2, 12, 5, 7), dtype, VARIANTS[variant])
     inputs["x"] = as_layout(inputs["x"], layout)
     check(impl, inputs, 4, VARIANTS[variant], dy_layout=layout)
+
+
+# name: (N, C, *S), groups, channels of the first half
+PAIRS = {
+    "seam in a group": ((2, 24, 5, 7), 2, 16),
+    "seam at a border": ((2, 24, 4, 6), 3, 8),
+    "one channel first": ((2, 12, 7, 9), 4, 1),
+    "one channel last": ((1, 20, 4, 8), 2, 19),
+    "one group": ((1, 12, 6, 5), 1, 5),
+    "HW=1": ((3, 12, 1, 1), 3, 5),
+    "C/G=1": ((2, 6, 4, 4), 6, 2),
+    "several tiles": ((1, 6, 64, 66), 2, 4),
+    "sequence": ((2, 8, 63), 2, 3),
+    "vectors": ((3, 12), 3, 7),
+    "volume": ((2, 8, 2, 3, 5), 2, 5),
+}
+
+
+def pair_inputs(name, dtype, variant, layouts):
+    """make_inputs with x cut in two, each half in its own layout; → inputs, groups."""
+    shape, groups, first = PAIRS[name]
+    inputs = make_inputs(shape, dtype, variant)
+    x = inputs.pop("x")
+    a, b = x.split([first, shape[1] - first], 1)
+    a, b = as_layout(a.clone(), layouts[0]), as_layout(b.clone(), layouts[1])
+    return {"x": a, "x2": b, **inputs}, groups
+
+
+@pytest.fixture(params=["walk", "large"])
+def triton_kind(request, monkeypatch):
+    """Tiles so small that small tensors take the path of large ones; → the plans made."""
+    plans = pytest.importorskip("engine.kernels.group_norm_silu_plan")
+    from engine.kernels import group_norm_silu, group_norm_silu_bwd
+
+    monkeypatch.setattr(plans, "RESIDENT", {"fwd": 16, "bwd": 16})
+    monkeypatch.setattr(plans, "WALK", {"fwd": 256, "bwd": 256})
+    monkeypatch.setattr(plans, "LARGE", 128)
+    monkeypatch.setattr(plans, "CHUNK", 256)
+    monkeypatch.setattr(plans, "FEW", 0)
+    if request.param == "large":
+        monkeypatch.setattr(plans, "L2_SHARE", 0)
+    made, plan = [], plans.plan
+
+    def spy(shape, device):
+        made.append(plan(shape, device))
+        return made[-1]
+
+    for module in (group_norm_silu, group_norm_silu_bwd):
+        monkeypatch.setattr(module, "plan", spy)
+    yield made
+    assert made and {p.kind for p in made} == {request.param}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape, groups", [((2, 12, 5, 7), 4), ((1, 20, 6, 8), 2)], ids=str)
+@pytest.mark.parametrize("first", [0, 7])
+@pytest.mark.skipif(bool(dispatch.absence(OP, "triton")), reason="Triton is not installed")
+def test_every_kind_of_triton_program(triton_kind, shape, groups, layout, first):
+    inputs = make_inputs(shape, torch.float32, ("add", "scale"))
+    if first:
+        a, b = inputs.pop("x").split([first, shape[1] - first], 1)
+        inputs = {"x": as_layout(a.clone(), layout), "x2": as_layout(b.clone(), layout), **inputs}
+    else:
+        inputs["x"] = as_layout(inputs["x"], layout)
+    check("triton", inputs, groups, ("add", "scale"), dy_layout="channels_last")
+
+
+CLUSTERED = {  # (N, C, H, W), groups: of 96 to 192 KB in 16-bit dtypes, 3 to 8 blocks
+    "planes": ((2, 4, 128, 128), 1),
+    "pieces of planes": ((1, 6, 128, 160), 2),
+    "many channels": ((2, 72, 64, 64), 4),
+}
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="clusters need a GPU of sm_90 or newer")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.parametrize("name", CLUSTERED)
+def test_clusters(name, first, dtype):
+    """What CLUSTERS of kernels/native.py waits for: the unproven kernel against the proven one."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters need sm_90")
+    shape, groups = CLUSTERED[name]
+    inputs = make_inputs(shape, dtype, ("add", "scale", "shift"))
+    x = inputs.pop("x")
+    halves = [t.contiguous() for t in x.split([first, shape[1] - first], 1)] if first else [x, None]
+    rest = (*inputs.values(), groups, 1e-5, True)
+    truth = reference.group_norm_silu(
+        x.double(), *(inputs[k].double() for k in ("weight", "bias")), groups,
+        **{k: inputs[k].double() for k in ("add", "scale", "shift")},
+    )  # fmt: skip
+    plain = torch.ops.engine.group_norm_silu_fwd(*halves, *rest)
+    for _ in range(3):
+        got = torch.ops.engine.group_norm_silu_fwd_cluster(*halves, *rest, True)
+        assert_within_budget(got[0], truth, plain[0], factor=FORWARD)
+        for a, b in zip(got[1:], plain[1:], strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+SET = {  # (N, C, S): how bfloat16 in 32 groups is cut on an H100, contiguous and channels_last
+    (128, 128, 1024): ("resident resident", "resident large"),
+    (128, 384, 1024): ("resident walk", "walk large"),
+    (64, 192, 4096): ("walk walk", "large large"),
+    (8, 128, 65536): ("large large", "large large"),
+    (16, 640, 1024): ("walk walk", "walk large"),
+    (2, 640, 1024): ("walk walk", "walk walk"),
+    (2, 2560, 64): ("resident resident", "resident resident"),
+}
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", SET, ids=str)
+def test_the_plan_is_a_function_of_shape_and_device(shape, last):
+    plans = pytest.importorskip("engine.kernels.group_norm_silu_plan")
+    n, c, s = shape
+    kinds = []
+    for stage in ("fwd", "bwd"):
+        found = plans.plan(plans.Shape(stage, n, c // 32, s, 32, 2, (last, last)), plans.Device())
+        covered = found.slabs * found.block_g, found.c_chunks * found.block_c
+        assert covered[0] >= 32 and covered[1] >= found.block_g * c // 32
+        assert found.s_chunks * found.tiles * found.block_s >= s
+        kinds.append(found.kind)
+    assert " ".join(kinds) == SET[shape][last]
+    tiny = plans.Device(l2=1)  # nothing to walk twice in
+    shape = plans.Shape("fwd", n, c // 32, s, 32, 2, (last, last))
+    assert plans.plan(shape, tiny).kind != "walk"
+
+
+def skip_unless_pairs(impl, x, x2):
+    refused = dispatch.refusals(OP, impl, (x, x2, *[None] * 5, 1, 1e-5, True))
+    if refused:
+        pytest.skip(f"{impl} {refused[0]}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_pair(impl, name, layout, dtype):
+    variant = ("add", "scale", "shift")
+    same = (dtype == torch.float32) == (layout == "contiguous")
+    dy_layout = "contiguous" if same else "channels_last"
+    inputs, groups = pair_inputs(name, dtype, variant, (layout, layout))
+    skip_unless_pairs(impl, inputs["x"], inputs["x2"])
+    y = check(impl, inputs, groups, variant, dy_layout=dy_layout)
+    shape = PAIRS[name][0]
+    if len(shape) >= 4 and impl != "eager":
+        assert y.stride() == as_layout(torch.empty(shape), layout).stride()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pair_variants(impl, variant, layout):
+    dtype = torch.float32 if layout == "contiguous" else torch.bfloat16
+    inputs, groups = pair_inputs("seam in a group", dtype, VARIANTS[variant], (layout, layout))
+    skip_unless_pairs(impl, inputs["x"], inputs["x2"])
+    check(impl, inputs, groups, VARIANTS[variant], dy_layout=layout)
+
+
+@pytest.mark.parametrize("name", ["seam in a group", "one channel first"])
+@pytest.mark.parametrize("first", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("second", ["contiguous", "channels_last", "sliced"])
+def test_pair_of_different_layouts(impl, name, first, second):
+    """Read in place or refused in a sentence; a view is copied in the layout of the other half."""
+    inputs, groups = pair_inputs(name, torch.float32, ("add",), (first, second))
+    if impl != "native" or {first, second} != {"contiguous", "channels_last"}:
+        skip_unless_pairs(impl, inputs["x"], inputs["x2"])
+        check(impl, inputs, groups, ("add",))
+    elif name != "one channel first":  # that channel is in both layouts
+        with pytest.raises(RuntimeError, match="needs both halves of x in one layout"):
+            ops.group_norm_silu((inputs["x"], inputs["x2"]), None, None, groups, impl=impl)
+    check("auto", inputs, groups, ("add",))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -346,6 +519,22 @@ BAD = {
     "eps": (dict(eps=0.0), "expected eps > 0"),
     "dtype": (dict(x=torch.ones(2, 8, 4, 4, dtype=torch.int64)), "floating point"),
     "device": (dict(weight=torch.ones(8, device="meta")), "weight is on meta, expected cpu"),
+    "pair of other N": (dict(x=(torch.ones(2, 3, 4, 4), torch.ones(3, 5, 4, 4))), "is a pair of"),
+    "pair of other S": (dict(x=(torch.ones(2, 3, 4, 4), torch.ones(2, 5, 4, 1))), "is a pair of"),
+    "pair of dtypes": (dict(x=(torch.ones(2, 3, 4), torch.ones(2, 5, 4).half())), "of one dtype"),
+    "pair of devices": (
+        dict(x=(torch.ones(2, 3, 4), torch.ones(2, 5, 4, device="meta"))),
+        r"\(2, 5, 4\) torch.float32 on meta, expected .* on one device",
+    ),
+    "half a pair": (
+        dict(x=(torch.ones(2, 8, 4), None)),
+        r"\(Tensor, NoneType\), expected a tensor or a pair",
+    ),
+    "three": (dict(x=(torch.ones(2, 8, 4),) * 3), "x is a tuple of .*expected a tensor or a pair"),
+    "weight of a pair": (
+        dict(x=(torch.ones(2, 3, 4), torch.ones(2, 6, 4)), num_groups=3),
+        r"weight is \(8,\).*expected \(9,\).* for x \(2, 3, 4\) and \(2, 6, 4\)",
+    ),
     "impl": (dict(impl="cudnn"), "impl='cudnn' is unknown: choose one of auto, eager"),
 }
 

@@ -103,6 +103,23 @@ def launches(arch: int):
     yield from group_norm(2, 96, 7, 1, f32, False)  # nothing is aligned
     yield from group_norm(8, 64, 1, 64, f32, False)  # groups of one element
 
+    def pair(n, ca, cb, side, groups, dtype, last):
+        x, x2 = (meta(n, c, side, side, dtype=dtype, last=last) for c in (ca, cb))
+        dy = meta(n, ca + cb, side, side, dtype=dtype, last=last)
+        operands = [meta(ca + cb, dtype=dtype) for _ in range(2)] + [None] * 3
+        stats = [meta(n, groups) for _ in range(2)]
+        label = f"{n},{ca}+{cb},{side},{side} G{groups} {'NHWC' if last else 'NCHW'}"
+        forward = (x, x2, *operands, groups, 1e-5, True)
+        yield label, group_norm_silu.group_norm_silu_fwd, forward
+        backward = (dy, x, x2, *operands, *stats, groups, True)
+        yield label, group_norm_silu.group_norm_silu_bwd, backward
+
+    yield from group_norm(64, 192, 64, 32, bf16, False)  # walk, C/G = 6
+    yield from group_norm(16, 640, 32, 32, f16, True)  # walk forward
+    yield from pair(128, 256, 128, 32, 32, bf16, False)  # a group of 12 straddles the seam
+    yield from pair(128, 256, 128, 32, 32, bf16, True)
+    yield from pair(8, 320, 160, 64, 32, bf16, False)  # large
+
     def attend(n, heads, s, sk, d, dtype):
         q = meta(n, s, 3, heads, d, dtype=dtype)[:, :, 0].transpose(1, 2)
         k = meta(n, sk, 3, heads, d, dtype=dtype)[:, :, 1].transpose(1, 2)

@@ -2,6 +2,7 @@
 //   xhat = (u - mean) rstd;  v = xhat gamma + beta, gamma = weight (1 + scale),
 //   beta = bias (1 + scale) + shift;  y = v sigmoid(v), or v.  Backward: group_norm_silu_bwd.cu.
 //
+// A pair (x, x2) is read as its concatenation: a thread's channel says which half it lies in.
 // Two passes over registers: the mean, then d = u - mean: its sum corrects the mean's rounding, its
 // squares give the variance. mean and rstd (N, G) are saved in float32.
 //
@@ -11,24 +12,14 @@
 // The pieces' statistics lie in y, which the last launch overwrites: no workspace. Layouts:
 // group_norm_silu.h. No atomics: the same bits on every run.
 // Bytes per element: x read once (twice for large groups), y written once: 4 (6) in bf16, 8 (12) in
-// float32. Refuses nothing; misaligned planes and odd channel counts are read element by element.
-#include "group_norm_silu.h"
+// float32. Refuses nothing (both halves of a pair have one layout: csrc/ops.cpp); misaligned planes
+// and odd channel counts are read element by element.
+#include "group_norm_silu_planes.h"
 
 namespace engine {
 namespace {
 
 constexpr int K = 8;  // vectors per thread
-
-// The sum over the threads of a unit, in all of them; `slots`: 32 floats used by no other sum.
-__device__ __forceinline__ float unit_sum(float value, float* slots) {
-  value = warp_sum(value);
-  const int warps = blockDim.x / 32, lane = threadIdx.x % 32;
-  if (warps == 1) return value;  // units in the same block are warps of their own
-  const int first = threadIdx.y * warps;
-  if (lane == 0) slots[first + threadIdx.x / 32] = value;
-  __syncthreads();
-  return warp_sum(lane < warps ? slots[first + lane] : 0.0f);
-}
 
 // WHOLE: planes are whole vectors, aligned. partials: (N * G, parts, 3).
 template <typename T, bool WHOLE>
@@ -40,7 +31,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   constexpr int VEC = kVector<T>;
   ENGINE_SHARED(float, sums, [4][32]);
   const PlanePlace at(p, tile, stage);
-  const T* x = static_cast<const T*>(p.x) + (at.n * p.C + at.c) * p.S;
+  const Half<const T> half = half_of_x<T>(p, at.c);
+  const T* x = half.data + (at.n * half.C + half.c) * p.S;
   PlaneVectors<T, WHOLE> vectors(x, p.S, at, tile, K);
   Channel channel = {0.0f, 0.0f, 0.0f};
   if (at.active) channel = load_channel(p, at.n, at.c);
@@ -53,29 +45,13 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (stage == Stage::apply) {
     if (at.active) m = mean[at.row], r = rstd[at.row];
   } else {
-    float sum = 0.0f;
-#pragma unroll
-    for (int k = 0; k < K; ++k)
-#pragma unroll
-      for (int j = 0; j < VEC; ++j)
-        if (vectors.inside(k, j)) sum += slots[k].get(j) + channel.add;
     float count = static_cast<float>(p.C / p.G * p.S);
     if (stage == Stage::stats) count = unit_sum(static_cast<float>(vectors.count(K)), sums[0]);
-    m = unit_sum(sum, sums[1]) / count;
+    m = unit_sum(piece_sum(slots, vectors, channel.add), sums[1]) / count;
     forget(slots);
     forget(vectors.step);
-    float d_sum = 0.0f, d_squares = 0.0f;
-#pragma unroll
-    for (int k = 0; k < K; ++k)
-#pragma unroll
-      for (int j = 0; j < VEC; ++j)
-        if (vectors.inside(k, j)) {
-          const float d = slots[k].get(j) + channel.add - m;
-          d_sum += d;
-          d_squares += d * d;
-        }
-    d_sum = unit_sum(d_sum, sums[2]);
-    d_squares = unit_sum(d_squares, sums[3]);
+    const float2 d = centred_sums(slots, vectors, channel.add, m);
+    const float d_sum = unit_sum(d.x, sums[2]), d_squares = unit_sum(d.y, sums[3]);
     correction = d_sum / count;
     const float m2 = fmaxf(d_squares - d_sum * correction, 0.0f);
     const bool writer = at.active && threadIdx.x == 0;
@@ -95,24 +71,9 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   forget(slots);
   forget(vectors.step);
-  const float gamma = channel.gamma * r, beta = channel.beta - correction * gamma;
-  y += (at.n * p.C + at.c) * p.S;
-#pragma unroll
-  for (int k = 0; k < K; ++k) {
-    if (!vectors.inside(k)) break;
-    Slot<T, VEC> result;
-#pragma unroll
-    for (int i = 0; i < result.WORDS; ++i) {
-      float values[result.PER_WORD];
-#pragma unroll
-      for (int e = 0; e < result.PER_WORD; ++e) {
-        const float d = slots[k].get(i * result.PER_WORD + e) + channel.add - m;
-        values[e] = act<T>(d * gamma + beta, p.silu);
-      }
-      result.set(i, values);
-    }
-    vectors.store(result, y, k);
-  }
+  channel.beta -= correction * channel.gamma * r;
+  channel.gamma *= r;
+  apply_planes(slots, vectors, channel, m, p.silu, y + (at.n * p.C + at.c) * p.S);
 }
 
 // partials: as above, parts = tile.parts * tile.s_parts.
@@ -129,20 +90,21 @@ __global__ void __launch_bounds__(kSlabThreads)
   const SlabPlace at(p, tile, VEC, stage);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int64_t s_first = at.s_part * tile.s_rows + at.r;
-  const int64_t offset = at.n * p.S * p.C + at.c_first + at.column * VEC;
-  const T* x = static_cast<const T*>(p.x) + offset;
+  const int64_t c = at.c_first + at.column * VEC;
+  const Half<const T> half = half_of_x<T>(p, c);
+  const T* x = half.data + at.n * p.S * half.C + half.c;
 
   // This thread's vectors: rows s_first, s_first + rows, ... that lie in S.
   const int64_t rest = p.S - s_first;
   const int s_left = rest > K * tile.rows ? K * tile.rows : static_cast<int>(rest);
   int rows = tile.rows;
   const auto inside = [&](int k) { return at.active && k * rows < s_left; };
-  x += s_first * p.C;
+  x += s_first * half.C;
 
   Slot<T, VEC> slots[K];
 #pragma unroll
   for (int k = 0; k < K; ++k)
-    if (inside(k)) slots[k].load(x + k * rows * p.C);
+    if (inside(k)) slots[k].load(x + k * rows * half.C);
   const auto param = [&](int c) -> float4& { return params[c % VEC * tile.columns + c / VEC]; };
 
   for (int c = threadIdx.x; c < at.width; c += blockDim.x) {
@@ -264,35 +226,25 @@ __global__ void __launch_bounds__(kSlabThreads)
       slots[k].set(i, values);
     }
   }
-  y += offset + s_first * p.C;
+  y += (at.n * p.S + s_first) * p.C + c;
 #pragma unroll
   for (int k = 0; k < K; ++k)
     if (inside(k)) slots[k].store(y + k * rows * p.C);
 }
 
-// One warp per group merges its pieces, in a fixed order (Chan, Golub & LeVeque 1979).
+// One warp per group merges its pieces.
 __global__ void __launch_bounds__(128)
     group_norm_silu_merge_kernel(const float* partials,     // (rows, parts, 3): count, mean, M2
                                  float* mean, float* rstd,  // (rows,)
                                  int64_t rows, int64_t parts, float eps) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
   if (row >= rows) return;
-  const int lane = threadIdx.x % 32;
   const float* partial = partials + 3 * row * parts;
-  const float m0 = partial[1];
-  float count = 0.0f, shifted = 0.0f, m2 = 0.0f;
-  for (int64_t i = lane; i < parts; i += 32) {
-    count += partial[3 * i];
-    shifted += partial[3 * i] * (partial[3 * i + 1] - m0);
-  }
-  count = warp_sum(count);
-  const float above = warp_sum(shifted) / count;  // mean - m0
-  for (int64_t i = lane; i < parts; i += 32) {
-    const float d = partial[3 * i + 1] - m0 - above;
-    m2 += partial[3 * i + 2] + partial[3 * i] * d * d;
-  }
-  m2 = warp_sum(m2);
-  if (lane == 0) mean[row] = m0 + above, rstd[row] = 1.0f / sqrtf(m2 / count + eps);
+  const Piece all = merge_pieces(parts, [&](int64_t i) {
+    return Piece{partial[3 * i], partial[3 * i + 1], partial[3 * i + 2]};
+  });
+  if (threadIdx.x % 32 == 0)
+    mean[row] = all.mean, rstd[row] = 1.0f / sqrtf(all.m2 / all.count + eps);
 }
 
 // Runs launch(stage, partials) for `all`, or for `stats` and `apply` with the merge in between.
@@ -350,7 +302,7 @@ void group_norm_silu_fwd_cuda(const GroupNormSilu& p, void* y, float* mean, floa
   with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     T* out = static_cast<T*>(y);
-    const bool aligned = aligned16(p.x) && aligned16(y);
+    const bool aligned = aligned16(p.x) && aligned16(p.x2) && aligned16(y);
     if (p.channels_last) {
       if (aligned && slab_vectors(p, kVector<T>))
         launch_fwd_slabs<T, kVector<T>>(p, out, mean, rstd, stream);

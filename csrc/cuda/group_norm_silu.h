@@ -28,6 +28,25 @@ __device__ __forceinline__ Channel load_channel(const GroupNormSilu& p, int64_t 
           load_operand(p.bias, n, c, 0.0f) * scale + load_operand(p.shift, n, c, 0.0f)};
 }
 
+// The tensor of a pair that has channel c: where it begins, its channels, and c's place in them.
+template <typename T>
+struct Half {
+  T* data;
+  int64_t C, c;
+};
+
+template <typename T>
+__device__ __forceinline__ Half<T> half_of(const GroupNormSilu& p, T* x, T* x2, int64_t c) {
+  const int64_t first = p.C - p.C2;
+  if (c < first) return {x, first, c};
+  return {x2, p.C2, c - first};
+}
+
+template <typename T>
+__device__ __forceinline__ Half<const T> half_of_x(const GroupNormSilu& p, int64_t c) {
+  return half_of(p, static_cast<const T*>(p.x), static_cast<const T*>(p.x2), c);
+}
+
 // T: the dtype of the result; 16-bit results do not see the error of the fast instructions.
 template <typename T>
 __device__ __forceinline__ float sigmoid(float v) {
@@ -245,7 +264,7 @@ inline bool choose_slab_tile(const GroupNormSilu& p, int element_size, int vec, 
 // Whether rows of channels can be read as vectors of `vec`, given aligned pointers.
 inline bool slab_vectors(const GroupNormSilu& p, int vec) {
   const int64_t group = p.C / p.G;
-  if (p.C % vec != 0) return false;
+  if (p.C % vec != 0 || p.C2 % vec != 0) return false;
   int64_t unit = group;
   while (unit % vec != 0) unit += group;
   return unit <= 64 * vec || group % vec == 0;

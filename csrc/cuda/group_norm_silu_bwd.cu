@@ -13,7 +13,8 @@
 // small launch makes the gradients of the operands. Every sum has one writer and a fixed order: the
 // same bits on every run.
 // Bytes per element: x, dy read, dx written: 6 in bf16, 12 in float32; large groups read x and dy
-// twice (10, 20); dy in the other layout adds a read and a write (4, 8). Refuses nothing.
+// twice (10, 20); dy in the other layout adds a read and a write (4, 8). Refuses nothing. Of a pair
+// (x, x2), (dx, dx2) take the places of x and dx.
 #include "group_norm_silu_bwd.h"
 
 namespace engine {
@@ -34,21 +35,24 @@ __device__ __forceinline__ Element element(float x, float dy, const Channel& cha
   return {xhat, act_bwd<T>(dy, xhat * channel.gamma + channel.beta, silu)};
 }
 
-// dy may be dx: an element is read before the same thread writes it.
+// dy2: null, or dy and dy2 are the halves of a pair. They may be dx and dx2: an element is read
+// before the same thread writes it.
 template <typename T, bool WHOLE>
 __global__ void __launch_bounds__(kMaxThreads)
     group_norm_silu_bwd_planes_kernel(GroupNormSilu p,
-                                      const T* dy,                        // (N, C, S), like p.x
-                                      T* dx, const float* mean_of_group,  // (N, G), like rstd
+                                      const T* dy,  // (N, C, S), like p.x
+                                      const T* dy2, T* dx, T* dx2,
+                                      const float* mean_of_group,  // (N, G), like rstd
                                       const float* rstd_of_group, float* workspace,  // (3, N, C)
                                       PlaneTile tile, int64_t pieces, Stage stage) {
   constexpr int VEC = kVector<T>;
   // Of each plane, or of each warp of a plane: A, B, X, gamma A, gamma B.
   ENGINE_SHARED(float, sums, [5][kMaxThreads]);
   PlanePlace at(p, tile, stage);
-  const int64_t plane = (at.n * p.C + at.c) * p.S;
-  const T* x = static_cast<const T*>(p.x) + plane;
-  dy += plane;
+  const Half<const T> half = half_of_x<T>(p, at.c);
+  const int64_t plane = (at.n * half.C + half.c) * p.S;
+  const T* x = half.data + plane;
+  dy = dy2 ? half_of(p, dy, dy2, at.c).data + plane : dy + (at.n * p.C + at.c) * p.S;
   Channel channel = {0.0f, 0.0f, 0.0f};
   float mean = 0.0f, rstd = 0.0f;
   if (at.active) {
@@ -107,7 +111,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   forget(xs), forget(dys), forget(vectors.step);
   const float per_element = 1.0f / static_cast<float>(p.C / p.G * p.S);
-  dx += plane;
+  dx = half_of(p, dx, dx2, at.c).data + plane;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     if (!vectors.inside(k)) break;
@@ -127,12 +131,13 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-// sums: the workspace (3, N, C), or in pieces (s_parts, 3, N, C). dy may be dx, as above.
+// sums: the workspace (3, N, C), or in pieces (s_parts, 3, N, C). dy, dy2: as above.
 template <typename T, int VEC>
-__global__ void __launch_bounds__(kSlabThreads)
+__global__ void __launch_bounds__(kSlabThreads, sizeof(T) * VEC == 4 ? 1 : 0)  // else it spills
     group_norm_silu_bwd_slabs_kernel(GroupNormSilu p,
-                                     const T* dy,                        // (N, S, C), like p.x
-                                     T* dx, const float* mean_of_group,  // (N, G), like rstd
+                                     const T* dy,  // (N, S, C), like p.x
+                                     const T* dy2, T* dx, T* dx2,
+                                     const float* mean_of_group,  // (N, G), like rstd
                                      const float* rstd_of_group, float* sums, SlabTile tile,
                                      Stage stage) {
   ENGINE_DYNAMIC_SHARED(float4, params);  // (VEC, columns): add, mean, rstd, gamma of a channel
@@ -142,9 +147,13 @@ __global__ void __launch_bounds__(kSlabThreads)
   float* buffer = group_totals + 2 * tile.width;                // (rows, stride)
   const SlabPlace at(p, tile, VEC, stage);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int64_t offset = at.n * p.S * p.C + at.c_first + at.column * VEC;
-  const T* x = static_cast<const T*>(p.x) + offset;
-  dy += offset;
+  const int64_t c_thread = at.c_first + at.column * VEC;
+  const Half<const T> half = half_of_x<T>(p, c_thread);
+  const int64_t offset = at.n * p.S * half.C + half.c;
+  const T* x = half.data + offset;
+  // 32 bits each: registers are short here.
+  const int x_row = static_cast<int>(half.C), dy_row = static_cast<int>(dy2 ? half.C : p.C);
+  dy = dy2 ? half_of(p, dy, dy2, c_thread).data + offset : dy + at.n * p.S * p.C + c_thread;
   const auto index = [&](int c) { return c % VEC * tile.columns + c / VEC; };
   for (int c = threadIdx.x; c < at.width; c += blockDim.x) {
     const Channel channel = load_channel(p, at.n, at.c_first + c);
@@ -169,8 +178,8 @@ __global__ void __launch_bounds__(kSlabThreads)
 #pragma unroll
     for (int k = 0; k < K; ++k)
       if (inside(k)) {
-        xs[k].load(x + (s + k * rows) * p.C);
-        dys[k].load(dy + (s + k * rows) * p.C);
+        xs[k].load(x + (s + k * rows) * x_row);
+        dys[k].load(dy + (s + k * rows) * dy_row);
       }
   };
   if (stage == Stage::apply) {
@@ -250,34 +259,38 @@ __global__ void __launch_bounds__(kSlabThreads)
       dys[k].set(i, values);
     }
   }
-  dx += offset + (s_first + at.r) * p.C;
+  const Half<T> out = half_of(p, dx, dx2, at.c_first + at.column * VEC);
+  dx = out.data + (at.n * p.S + s_first + at.r) * out.C + out.c;
 #pragma unroll
   for (int k = 0; k < K; ++k)
-    if (inside(k)) dys[k].store(dx + k * rows * p.C);
+    if (inside(k)) dys[k].store(dx + k * rows * out.C);
 }
 
-// dx <- dy in the layout of x.
+// dx, `channels` channels <- those of dy from `first` on, in the layout of x.
 template <typename T>
-void launch_transpose(const GroupNormSilu& p, const void* dy, void* dx, void* stream) {
+void launch_transpose(const GroupNormSilu& p, const void* dy, int64_t first, int64_t channels,
+                      void* dx, void* stream) {
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
-  const int64_t a = p.channels_last ? p.C : p.S, b = p.channels_last ? p.S : p.C;
+  const int64_t a = p.channels_last ? channels : p.S, b = p.channels_last ? p.S : channels;
   const int64_t a_tiles = (a + 31) / 32, b_tiles = (b + 31) / 32;
-  ENGINE_LAUNCH(transpose_kernel<Bits>, blocks(p.N * a_tiles * b_tiles, kOp), 256, 0, stream,
-                static_cast<const Bits*>(dy), static_cast<Bits*>(dx), a, b, a_tiles, b_tiles);
+  const Bits* in = static_cast<const Bits*>(dy) + (p.channels_last ? first * p.S : first);
+  ENGINE_LAUNCH(transpose_kernel<Bits>, blocks(p.N * a_tiles * b_tiles, kOp), 256, 0, stream, in,
+                static_cast<Bits*>(dx), p.C * p.S, p.channels_last ? p.S : p.C, a, b, a_tiles,
+                b_tiles);
   check_launch(kOp);
 }
 
 template <typename T, bool WHOLE>
-void launch_bwd_planes(const GroupNormSilu& p, const T* dy, T* dx, const float* mean,
-                       const float* rstd, float* workspace, void* stream) {
+void launch_bwd_planes(const GroupNormSilu& p, const T* dy, const T* dy2, T* dx, T* dx2,
+                       const float* mean, const float* rstd, float* workspace, void* stream) {
   PlaneTile tile;
   const bool resident = choose_plane_tile(p, kVector<T>, K, WHOLE, &tile);
   const auto launch = [&](Stage stage) {
     PlaneTile t = tile;
     if (stage == Stage::stats) t.s_parts = 1, t.units /= tile.s_parts;  // a block has whole planes
     auto* kernel = group_norm_silu_bwd_planes_kernel<T, WHOLE>;
-    ENGINE_LAUNCH(kernel, blocks(t.grid(), kOp), t.block(), 0, stream, p, dy, dx, mean, rstd,
-                  workspace, t, tile.s_parts, stage);
+    ENGINE_LAUNCH(kernel, blocks(t.grid(), kOp), t.block(), 0, stream, p, dy, dy2, dx, dx2, mean,
+                  rstd, workspace, t, tile.s_parts, stage);
     check_launch(kOp);
   };
   if (resident) return launch(Stage::all);
@@ -285,25 +298,29 @@ void launch_bwd_planes(const GroupNormSilu& p, const T* dy, T* dx, const float* 
   launch(Stage::apply);
 }
 
-// scratch: whether dx may hold the sums of the pieces.
+// scratch: whether dx (or dx2) may hold the sums of the pieces.
 template <typename T, int VEC>
-void launch_bwd_slabs(const GroupNormSilu& p, const T* dy, T* dx, const float* mean,
-                      const float* rstd, float* workspace, bool scratch, void* stream) {
+void launch_bwd_slabs(const GroupNormSilu& p, const T* dy, const T* dy2, T* dx, T* dx2,
+                      const float* mean, const float* rstd, float* workspace, bool scratch,
+                      void* stream) {
   SlabTile tile;
   const bool resident = choose_slab_tile(p, sizeof(T), VEC, K, &tile);
   const size_t shared =
       sizeof(float4) * tile.width + sizeof(float) * (5 * tile.width + tile.rows * tile.stride());
   const auto launch = [&](Stage stage, const SlabTile& t, float* sums) {
     auto* kernel = group_norm_silu_bwd_slabs_kernel<T, VEC>;
-    ENGINE_LAUNCH(kernel, blocks(t.units, kOp), t.threads, shared, stream, p, dy, dx, mean, rstd,
-                  sums, t, stage);
+    ENGINE_LAUNCH(kernel, blocks(t.units, kOp), t.threads, shared, stream, p, dy, dy2, dx, dx2,
+                  mean, rstd, sums, t, stage);
     check_launch(kOp);
   };
   if (resident) return launch(Stage::all, tile, workspace);
 
   // Pieces as short as the apply's while they fit into dx and there are not enough blocks.
   SlabTile stats = tile;
-  const int64_t room = (p.S * static_cast<int64_t>(sizeof(T)) - 4) / 12;
+  const bool in_second = 2 * p.C2 > p.C;  // of dx and dx2 the larger one
+  const int64_t channels = in_second ? p.C2 : p.C - p.C2;
+  const int64_t bytes = p.N * channels * p.S * static_cast<int64_t>(sizeof(T));
+  const int64_t room = (bytes - 4) / (12 * p.N * p.C);
   const int64_t wanted = kEnoughThreads / kSlabThreads * 4 / (p.N * tile.slabs) + 1;
   int64_t parts = tile.s_parts < wanted ? tile.s_parts : wanted;
   if (parts > room) parts = room;
@@ -315,7 +332,7 @@ void launch_bwd_slabs(const GroupNormSilu& p, const T* dy, T* dx, const float* m
   if (stats.s_parts == 1) {
     launch(Stage::stats, stats, workspace);
   } else {
-    const uintptr_t start = (reinterpret_cast<uintptr_t>(dx) + 3) & ~uintptr_t{3};
+    const uintptr_t start = (reinterpret_cast<uintptr_t>(in_second ? dx2 : dx) + 3) & ~uintptr_t{3};
     float* pieces = reinterpret_cast<float*>(start);
     launch(Stage::stats, stats, pieces);
     const int64_t count = 3 * p.N * p.C;
@@ -335,19 +352,23 @@ void group_norm_silu_bwd_cuda(const GroupNormSilu& p, const void* dy, bool dy_ch
   const bool other = dy_channels_last != p.channels_last && p.S > 1 && p.C > 1;
   with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (other) launch_transpose<T>(p, dy, grads.dx, stream);
-    T* dx = static_cast<T*>(grads.dx);
-    const T* d = other ? dx : static_cast<const T*>(dy);
-    const bool aligned = aligned16(p.x) && aligned16(d) && aligned16(dx);
+    T *dx = static_cast<T*>(grads.dx), *dx2 = static_cast<T*>(grads.dx2);
+    if (other) {
+      launch_transpose<T>(p, dy, 0, p.C - p.C2, dx, stream);
+      if (p.C2) launch_transpose<T>(p, dy, p.C - p.C2, p.C2, dx2, stream);
+    }
+    const T *d = other ? dx : static_cast<const T*>(dy), *d2 = other ? dx2 : nullptr;
+    const bool aligned =
+        aligned16(p.x) && aligned16(p.x2) && aligned16(d) && aligned16(dx) && aligned16(dx2);
     if (p.channels_last) {
       if (aligned && slab_vectors(p, kVector<T>))
-        launch_bwd_slabs<T, kVector<T>>(p, d, dx, mean, rstd, workspace, !other, stream);
+        launch_bwd_slabs<T, kVector<T>>(p, d, d2, dx, dx2, mean, rstd, workspace, !other, stream);
       else
-        launch_bwd_slabs<T, 1>(p, d, dx, mean, rstd, workspace, !other, stream);
+        launch_bwd_slabs<T, 1>(p, d, d2, dx, dx2, mean, rstd, workspace, !other, stream);
     } else if (aligned && p.S % kVector<T> == 0) {
-      launch_bwd_planes<T, true>(p, d, dx, mean, rstd, workspace, stream);
+      launch_bwd_planes<T, true>(p, d, d2, dx, dx2, mean, rstd, workspace, stream);
     } else {
-      launch_bwd_planes<T, false>(p, d, dx, mean, rstd, workspace, stream);
+      launch_bwd_planes<T, false>(p, d, d2, dx, dx2, mean, rstd, workspace, stream);
     }
   });
   const int64_t group_blocks = grads.dadd || grads.dscale || grads.dshift ? (p.N * p.G + 7) / 8 : 0;

@@ -81,19 +81,19 @@ __global__ void __launch_bounds__(256)
   if (grads.dbias) grads.dbias[c] = sum.y;
 }
 
-// out[n][b][a] = in[n][a][b], in tiles of 32 x 32.
+// out[n][b][a] = in[n][a][b], in tiles of 32 x 32; the samples and rows of `in` may lie apart.
 template <typename Bits>
 __global__ void __launch_bounds__(256)
-    transpose_kernel(const Bits* in, Bits* out, int64_t a_count, int64_t b_count, int64_t a_tiles,
-                     int64_t b_tiles) {
+    transpose_kernel(const Bits* in, Bits* out, int64_t in_sample, int64_t in_row, int64_t a_count,
+                     int64_t b_count, int64_t a_tiles, int64_t b_tiles) {
   ENGINE_SHARED(Bits, tile, [32][33]);
   const int64_t block = blockIdx.x, n = block / (a_tiles * b_tiles);
   const int64_t a_first = block / b_tiles % a_tiles * 32, b_first = block % b_tiles * 32;
   const int lane = threadIdx.x % 32;
-  in += n * a_count * b_count, out += n * a_count * b_count;
+  in += n * in_sample, out += n * a_count * b_count;
   for (int i = threadIdx.x / 32; i < 32; i += 8)
     if (a_first + i < a_count && b_first + lane < b_count)
-      tile[i][lane] = in[(a_first + i) * b_count + b_first + lane];
+      tile[i][lane] = in[(a_first + i) * in_row + b_first + lane];
   __syncthreads();
   for (int i = threadIdx.x / 32; i < 32; i += 8)
     if (b_first + i < b_count && a_first + lane < a_count)

@@ -38,6 +38,9 @@ def explain(op: str, *args, **kwargs) -> None:
         raise ValueError(f"explain: {error}, expected {op}{signature}") from None
     call = ARGUMENTS[op](*args, **kwargs)
     print(dispatch.table("attention" if op == "attention_qkv" else op, *call))
+    if call[0].is_cuda and not dispatch.absence(op, "native"):
+        for note in dispatch.module(op, "native").notes(op, call[0].device):
+            print(f"  note: {note}")
     copied = [t for t in call if isinstance(t, Tensor) and t.dim() > 2 and not is_dense(t)]
     if op == "attention" and any(t.stride(-1) != 1 for t in call[:3]):
         print("  note: q, k or v has a stride along D; triton copies it once")

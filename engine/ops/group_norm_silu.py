@@ -43,7 +43,7 @@ def group_norm_silu(
     Sources: Wu & He 2018, eq. 1–3; Ho et al. 2020, app. B (add); Dhariwal & Nichol 2021, §3
     (AdaGN).
     """
-    x, x2 = x if isinstance(x, (tuple, list)) and len(x) == 2 else (x, None)
+    x, x2 = _halves(x) if isinstance(x, (tuple, list)) else (x, None)
     _check_group_norm_silu(x, x2, weight, bias, num_groups, eps, add, scale, shift, activation)
     silu = activation == "silu"
     shape = x.shape
@@ -71,6 +71,16 @@ def group_norm_silu(
     else:
         y = dispatch.function("group_norm_silu", "fwd", backend)(*args)[0]
     return y.view(shape) if y.shape != shape else y
+
+
+def _halves(x: tuple | list) -> tuple[Tensor, Tensor]:
+    if len(x) != 2 or not all(isinstance(t, Tensor) for t in x):
+        found = ", ".join(type(t).__name__ for t in x)
+        raise ValueError(
+            f"group_norm_silu: x is a {type(x).__name__} of ({found}), expected a tensor or a pair "
+            "of tensors"
+        )
+    return x[0], x[1]
 
 
 def _with_positions(x: Tensor) -> Tensor:
@@ -112,7 +122,7 @@ class _GroupNormSilu(torch.autograd.Function):
 def arguments(
     x, weight, bias, num_groups, eps=1e-5, *, add=None, scale=None, shift=None, activation="silu"
 ):
-    x, x2 = x if isinstance(x, (tuple, list)) and len(x) == 2 else (x, None)
+    x, x2 = _halves(x) if isinstance(x, (tuple, list)) else (x, None)
     _check_group_norm_silu(x, x2, weight, bias, num_groups, eps, add, scale, shift, activation)
     return x, x2, weight, bias, add, scale, shift, num_groups, eps, activation == "silu"
 
@@ -165,7 +175,6 @@ def _and(x2: Tensor | None) -> str:
 
 
 def _check_pair(a: Tensor, b: Tensor) -> None:
-    check_tensors("group_norm_silu", b=b)
     fits = a.dim() == b.dim() and a.shape[0] == b.shape[0] and a.shape[2:] == b.shape[2:]
     if not fits or a.dtype != b.dtype or a.device != b.device:
         raise ValueError(
