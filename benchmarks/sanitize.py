@@ -56,6 +56,15 @@ def group_norm(device, impl) -> None:
                 wanted = [*leaves[:2], *given.values()]
                 torch.autograd.grad(y, wanted, cotangent, retain_graph=True)
         y = ops.group_norm_silu(x, None, None, groups, activation="none", impl=impl)
+        if c > 1:
+            pair = [t.contiguous(memory_format=order) for t in x.split([c - c // 3, c // 3], 1)]
+            pair = [t.requires_grad_() for t in pair]
+            y = ops.group_norm_silu(pair, *leaves[1:], groups, impl=impl)
+            torch.autograd.grad(y, pair, dy)
+    if impl == "native" and device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 9:
+        x = torch.randn(2, 8, 64, 64, device=device)  # 128 KB a group: two blocks or more
+        args = (x, None, *[None] * 5, 1, 1e-5, True, True)
+        torch.ops.engine.group_norm_silu_fwd_cluster(*args)
 
 
 def diffusion(device, impl) -> None:
@@ -70,6 +79,7 @@ def diffusion(device, impl) -> None:
         pictures = torch.randint(256, shape, device=device, dtype=torch.uint8)
         for given in ({"key": key, "offset": 3}, {"noise": z}):
             ops.reverse_step(x, out, coeffs, step, **given, impl=impl)
+            variants(x, out, step, given, impl)
         for x0, loss in product((x, pictures), ("l1", "l2", "huber")):
             for given in ({"key": key, "step": step}, {"noise": z}):
                 ops.forward_noise(x0, rows, t, **given, dtype=dtype, impl=impl)
@@ -78,6 +88,17 @@ def diffusion(device, impl) -> None:
                 torch.autograd.grad(losses, leaf, torch.rand_like(losses))
     for count, offset, dtype in product((1, 1023, 4100), (0, 3), DTYPES):
         ops.noise(key, step, 0, (count,), device=device, dtype=dtype, offset=offset, impl=impl)
+
+
+def variants(x, out, step, given, impl) -> None:
+    """What the general reverse step reads and writes besides."""
+    rows = torch.rand(10, 10, device=x.device)
+    both = torch.cat([out, out], 1)  # the second half: the network's variance
+    ops.reverse_step(x, out, rows, step, uncond=out, guidance=2.0, **given, impl=impl)
+    ops.reverse_step(x, out, rows, step, dynamic_threshold=0.9, **given, impl=impl)
+    ops.reverse_step(x, both, rows, step, learned_range=True, grad=out, **given, impl=impl)
+    more = {"x0_prev": x, "return_x0": True, "model_dtype": torch.float16}
+    ops.reverse_step(x, out, rows, step, **more, **given, impl=impl)
 
 
 def attention(device, impl) -> None:
@@ -108,7 +129,8 @@ def kernels() -> set[str]:
     sources = [p for p in (ROOT / "csrc" / "cuda").iterdir() if p.suffix in (".cu", ".h", ".cuh")]
     found = set()
     for source in sources:
-        for text in re.findall(r"__global__([^{;]*)", source.read_text()):
+        code = re.sub(r"//.*", "", source.read_text())
+        for text in re.findall(r"__global__([^{;]*)", code):
             text = re.sub(r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)", "", text)
             text = re.sub(r"__cluster_dims__\([^()]*\)", "", text)
             found |= set(re.findall(r"\bvoid\s+(\w+)\s*\(", text))
