@@ -49,8 +49,10 @@ train: build data
 	  $(PY) -m engine.train --dataset fashion-mnist --out '$(RUN)' $(ARGS); \
 	fi
 
+# Side by side where pytest-xdist is there: half the minutes on two cores.
 test: build
-	$(PY) -m pytest $(ARGS)
+	@side=$$($(PY) -c 'import xdist' 2>/dev/null && echo -n auto --maxprocesses 8 --dist loadfile); \
+	echo "$(PY) -m pytest $$side $(ARGS)"; $(PY) -m pytest $$side $(ARGS)
 
 venv: $(PACKAGES_STAMP)
 build: $(BUILD_STAMP)

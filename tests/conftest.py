@@ -4,6 +4,11 @@ import json
 import os
 from collections import Counter
 
+# Side by side (pytest-xdist) each process takes one thread: pools that spin would take each other's
+# cores. Tests of threads ask for two.
+if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 # Without a GPU, Triton kernels run in the interpreter; it must be chosen before triton is imported.

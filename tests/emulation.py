@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import lock
 import torch
 from engine.kernels import native
 from engine.kernels.boundary import mixed, register_fakes
@@ -52,6 +53,11 @@ def _compile(source: Path, text: str, flags: list[str], headers: bytes) -> Path:
 
 def build(namespace: str = "engine_emu", patch: dict[str, tuple[str, str]] | None = None) -> Path:
     """→ the library whose ops live in `namespace`; patch: file name → (text, its replacement)."""
+    with lock.alone("emulation"):
+        return _build(namespace, patch)
+
+
+def _build(namespace: str, patch: dict[str, tuple[str, str]] | None) -> Path:
     headers = b"".join(
         p.read_bytes() for p in sorted([HEADER, *ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/*/*.h")])
     )

@@ -13,6 +13,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import lock
 import numpy as np
 import pytest
 
@@ -33,6 +34,11 @@ EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
 
 def build() -> Path:
     """Compiles the module into tests/build, once per state of its sources."""
+    with lock.alone("native_module"):
+        return _build()
+
+
+def _build() -> Path:
     sources = [HERE / "native_module.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
     headers = [CSRC / "kernels.h", CSRC / "philox.h", *sorted((CSRC / "cpu").glob("*.h"))]
     state = hashlib.sha256("".join(FLAGS).encode())
