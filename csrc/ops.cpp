@@ -21,6 +21,5 @@ void* engine::ops::current_stream(int32_t device) {
 }
 #endif
 
-// Empty: each csrc/ops_<op>.cpp adds its own schemas. It claims the namespace, so that a second
-// library with the same one does not load.
+// Defines the namespace; each csrc/ops_<op>.cpp adds its schemas as a fragment of it.
 STABLE_TORCH_LIBRARY(ENGINE_NS, m) {}
