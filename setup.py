@@ -21,7 +21,7 @@ from setuptools import setup
 
 TORCH = "torch>=2.11"
 TARGET_VERSION = 0x020B000000000000  # torch 2.11: the oldest libtorch the library runs on
-HEADERS = ["csrc/kernels.h", "csrc/philox.h", *glob("csrc/cpu/*.h"), *glob("csrc/cuda/*.h")]
+HEADERS = [*glob("csrc/*.h"), *glob("csrc/cpu/*.h"), *glob("csrc/cuda/*.h")]
 
 
 def import_torch():
@@ -69,7 +69,7 @@ def extension(cpp_extension):
     cxx = ["-O2", "-g0", "-fvisibility=hidden", "-Wno-psabi", "-fno-math-errno"]
     cxx += ["-fno-trapping-math", f"-DTORCH_TARGET_VERSION={TARGET_VERSION:#018x}ULL"]
     cxx += ["-ffp-contract=off"]  # the noise has the same bits everywhere: no silent fma
-    sources = ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+    sources = [*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))]
     libraries, library_dirs, nvcc = [], [], []
     cuda_sources, home = sorted(glob("csrc/cuda/*.cu")), cuda_home()
     if home and cuda_sources:

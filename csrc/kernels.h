@@ -1,6 +1,6 @@
 // The interface between the kernels and their caller: plain pointers, sizes and a stream, no torch.
-// csrc/ops.cpp, tests/native_module.cpp and the emulation tests call these functions; csrc/cpu and
-// csrc/cuda define them.
+// csrc/ops_<op>.cpp, tests/native_module.cpp and the emulation tests call these functions; csrc/cpu
+// and csrc/cuda define them.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 """The registered boundary of each op: its schema, and its fake, which says the shapes.
 
-`native` (namespace `engine`, schemas repeated in csrc/ops.cpp) and `triton` (namespace
+`native` (namespace `engine`, schemas repeated in csrc/ops_<op>.cpp) and `triton` (namespace
 `engine_triton`) register the same ops, so that torch.compile sees one opaque node per call.
 """
 

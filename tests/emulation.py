@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: csrc/ops.cpp and csrc/cuda/*.cu under tests/cuda_on_cpu.h.
+"""The CUDA kernels on the CPU: csrc/ops*.cpp and csrc/cuda/*.cu under tests/cuda_on_cpu.h.
 
 `backend()` has the functions of kernels/native.py, but its ops are torch.ops.engine_emu: the same
 bindings, with the CUDA launchers registered for CPU tensors. Objects are kept in build/emulation
@@ -64,7 +64,7 @@ def _build(namespace: str, patch: dict[str, tuple[str, str]] | None) -> Path:
     torch_flags = [f"-I{p}" for p in cpp_extension.include_paths()]
     torch_flags += [f"-DENGINE_NS={namespace}", "-DENGINE_EMULATE"]
     torch_flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL", f"-I{ROOT / 'csrc'}"]
-    jobs = [(ROOT / "csrc" / "ops.cpp", torch_flags)]
+    jobs = [(p, torch_flags) for p in sorted(ROOT.glob("csrc/ops*.cpp"))]
     jobs += [(p, ["-include", str(HEADER)]) for p in sorted(ROOT.glob("csrc/cuda/*.cu"))]
 
     def compile_job(job):

@@ -22,7 +22,8 @@ def sources(op: str, backend: str) -> list[Path]:
         }.get(op, set())
         names |= {p.name for p in (ROOT / "kernels").glob(f"{op}*.py")}
         return sorted(ROOT / "kernels" / name for name in names)
-    found = {ROOT / "setup.py", *(ROOT / "csrc").glob("*.*")}
+    found = {ROOT / "setup.py", *(ROOT / "csrc").glob("*.h"), ROOT / "csrc/ops.cpp"}
+    found |= {*(ROOT / "csrc").glob(f"ops_{op}*")}
     found |= {*(ROOT / "csrc/cuda").glob(f"{op}*"), *(ROOT / "csrc/cuda").glob("*.h")}
     return sorted(found)
 

@@ -95,7 +95,7 @@ def test_sources(op):
             assert file.with_name(f"{''.join(name)}.py") in files, (file, name)
     if op != "attention":
         native = {path.name for path in proof.sources(op, "native")}
-        assert {f"{op}.cu", "launch.h", "ops.cpp", "philox.h"} <= native
+        assert {f"{op}.cu", f"ops_{op}.cpp", "launch.h", "ops.h", "ops.cpp", "philox.h"} <= native
 
 
 def test_committed_evidence_is_of_these_sources():

@@ -12,8 +12,8 @@
 // The pieces' statistics lie in y, which the last launch overwrites: no workspace. Layouts:
 // group_norm_silu.h. No atomics: the same bits on every run.
 // Bytes per element: x read once (twice for large groups), y written once: 4 (6) in bf16, 8 (12) in
-// float32. Refuses nothing (both halves of a pair have one layout: csrc/ops.cpp); misaligned planes
-// and odd channel counts are read element by element.
+// float32. Refuses nothing (csrc/ops_group_norm_silu.cpp sees to it that both halves of a pair have
+// one layout); misaligned planes and odd channel counts are read element by element.
 #include "group_norm_silu_planes.h"
 
 namespace engine {

@@ -1,0 +1,215 @@
+// Bindings of group_norm_silu: forward, forward by thread-block clusters (CUDA alone), backward.
+//
+// An empty x and a pair whose halves lie in two layouts are refused here: kernels.h excludes both.
+#include <tuple>
+#include <vector>
+
+#include "ops.h"
+
+namespace engine::ops {
+namespace {
+
+engine::Operand per_channel(const OptionalTensor& t, const Tensor& x, int64_t C, const char* name) {
+  if (!t) return {};
+  check_device(*t, x, name);
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == C, name, " must have shape (C,), C = ", C);
+  STD_TORCH_CHECK(C == 1 || t->stride(0) == 1, name, " must be contiguous");
+  return {t->data_ptr(), 0, dtype_of(*t, name)};
+}
+
+engine::Operand per_sample(const OptionalTensor& t, const Tensor& x, int64_t N, int64_t C,
+                           const char* name) {
+  if (!t) return {};
+  check_device(*t, x, name);
+  STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == N && t->size(1) == C, name,
+                  " must have shape (N, C) = (", N, ", ", C, ")");
+  STD_TORCH_CHECK(C == 1 || t->stride(1) == 1, name, " must have stride 1 along C");
+  return {t->data_ptr(), t->stride(0), dtype_of(*t, name)};
+}
+
+// (N, C, *S) like x, which has fewer channels.
+Tensor allocate_channels(const Tensor& x, int64_t C, bool channels_last) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes[1] = C;
+  if (!channels_last) {
+    return allocate(x, sizes.data(), static_cast<int64_t>(sizes.size()), x.scalar_type());
+  }
+  using torch::headeronly::MemoryFormat;
+  const auto format = sizes.size() == 5 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast;
+  return torch::stable::empty(sizes, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                              format);
+}
+
+// The second half of a pair, whose layout decides where that of x is both.
+void add_pair(const Tensor& x, const Tensor& x2, engine::GroupNormSilu* p) {
+  check_device(x2, x, "x2");
+  STD_TORCH_CHECK(x2.scalar_type() == x.scalar_type(), "x2 must have the dtype of x");
+  const auto a = x.sizes(), b = x2.sizes();
+  bool fits = a.size() == b.size() && b[1] > 0;
+  for (size_t i = 0; fits && i < a.size(); ++i) fits = i == 1 || a[i] == b[i];
+  STD_TORCH_CHECK(fits, "x2 must have the shape of x but for its channels");
+  p->channels_last |= !x2.is_contiguous() && reads_channels_last(x);
+  STD_TORCH_CHECK(p->channels_last ? reads_channels_last(x2) : x2.is_contiguous(),
+                  "x2 must have the layout of x");
+  p->x2 = x2.data_ptr();
+  p->C2 = b[1];
+}
+
+engine::GroupNormSilu group_norm_silu_params(const Tensor& x, const OptionalTensor& x2,
+                                             const OptionalTensor& weight,
+                                             const OptionalTensor& bias, const OptionalTensor& add,
+                                             const OptionalTensor& scale,
+                                             const OptionalTensor& shift, int64_t num_groups,
+                                             double eps, bool silu) {
+  Shape shape = shape_of(x, "x");
+  STD_TORCH_CHECK(shape.N > 0 && shape.C > 0 && shape.S > 0, "x must not be empty");
+  engine::GroupNormSilu p;
+  p.channels_last = is_channels_last(x, "x");
+  if (x2) add_pair(x, *x2, &p);
+  shape.C += p.C2;
+  STD_TORCH_CHECK(num_groups > 0 && shape.C % num_groups == 0, "num_groups = ", num_groups,
+                  " must divide the ", shape.C, " channels of x");
+  p.N = shape.N;
+  p.C = shape.C;
+  p.S = shape.S;
+  p.G = num_groups;
+  p.eps = static_cast<float>(eps);
+  p.silu = silu;
+  p.dtype = dtype_of(x, "x");
+  p.x = x.data_ptr();
+  p.weight = per_channel(weight, x, shape.C, "weight");
+  p.bias = per_channel(bias, x, shape.C, "bias");
+  p.add = per_sample(add, x, shape.N, shape.C, "add");
+  p.scale = per_sample(scale, x, shape.N, shape.C, "scale");
+  p.shift = per_sample(shift, x, shape.N, shape.C, "shift");
+  return p;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_fwd(
+    const Tensor& x, const OptionalTensor& x2, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& add, const OptionalTensor& scale,
+    const OptionalTensor& shift, int64_t num_groups, double eps, bool silu) {
+  const auto p =
+      group_norm_silu_params(x, x2, weight, bias, add, scale, shift, num_groups, eps, silu);
+  Device device(x);
+  Tensor y = x2 ? allocate_channels(x, p.C, p.channels_last) : allocate_like(x);
+  Tensor mean = allocate_floats(x, {p.N, p.G}), rstd = allocate_floats(x, {p.N, p.G});
+  if constexpr (Device::is_cpu) {
+    engine::group_norm_silu_fwd_cpu(p, y.data_ptr(), floats(mean), floats(rstd),
+                                    device.parallel_for());
+  } else {
+    engine::group_norm_silu_fwd_cuda(p, y.data_ptr(), floats(mean), floats(rstd), device.stream);
+  }
+  return {y, mean, rstd};
+}
+
+#ifdef ENGINE_CUDA
+// The same by thread-block clusters; where they do not serve, an error if `strict`.
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_fwd_cluster(
+    const Tensor& x, const OptionalTensor& x2, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& add, const OptionalTensor& scale,
+    const OptionalTensor& shift, int64_t num_groups, double eps, bool silu, bool strict) {
+  const auto p =
+      group_norm_silu_params(x, x2, weight, bias, add, scale, shift, num_groups, eps, silu);
+  Cuda device(x);
+  Tensor y = x2 ? allocate_channels(x, p.C, p.channels_last) : allocate_like(x);
+  Tensor mean = allocate_floats(x, {p.N, p.G}), rstd = allocate_floats(x, {p.N, p.G});
+  const bool served = engine::group_norm_silu_fwd_cluster_cuda(p, y.data_ptr(), floats(mean),
+                                                               floats(rstd), device.stream);
+  STD_TORCH_CHECK(served || !strict,
+                  "clusters serve contiguous groups of 2 to 8 blocks on sm_90 and newer");
+  if (!served) {
+    engine::group_norm_silu_fwd_cuda(p, y.data_ptr(), floats(mean), floats(rstd), device.stream);
+  }
+  return {y, mean, rstd};
+}
+#endif
+
+constexpr int64_t kNone[] = {0};  // the size of an absent operand's gradient
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(
+    const Tensor& dy, const Tensor& x, const OptionalTensor& x2, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& add, const OptionalTensor& scale,
+    const OptionalTensor& shift, const Tensor& mean, const Tensor& rstd, int64_t num_groups,
+    bool silu) {
+  const auto p =
+      group_norm_silu_params(x, x2, weight, bias, add, scale, shift, num_groups, 0.0, silu);
+  check_device(dy, x, "dy");
+  const auto sizes = dy.sizes(), half = x.sizes();
+  bool same = sizes.size() == half.size();
+  for (size_t i = 0; same && i < half.size(); ++i) same = sizes[i] == (i == 1 ? p.C : half[i]);
+  STD_TORCH_CHECK(same, "dy must have the shape (N, C, *S) of the result");
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy must have the dtype of x");
+  const bool dy_channels_last = is_channels_last(dy, "dy");
+  for (const Tensor* t : {&mean, &rstd}) {
+    check_device(*t, x, "mean and rstd");
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->dim() == 2 &&
+                        t->size(0) == p.N && t->size(1) == p.G,
+                    "mean and rstd must be contiguous float32 of shape (N, num_groups)");
+  }
+  Device device(x);
+  Tensor dx = allocate_like(x),
+         dx2 = x2 ? allocate_like(*x2) : allocate(x, kNone, 1, x.scalar_type());
+  Tensor workspace = allocate_floats(x, {3, p.N, p.C});
+  const auto channel_grad = [&](const OptionalTensor& t) {
+    return allocate_floats(x, {t ? p.C : 0});
+  };
+  const auto sample_grad = [&](const OptionalTensor& t) {
+    return t ? allocate_floats(x, {p.N, p.C}) : allocate_floats(x, {0});
+  };
+  Tensor dweight = channel_grad(weight), dbias = channel_grad(bias);
+  Tensor dadd = sample_grad(add), dscale = sample_grad(scale), dshift = sample_grad(shift);
+  engine::GroupNormSiluGrads grads;
+  grads.dx = dx.data_ptr();
+  grads.dx2 = x2 ? dx2.data_ptr() : nullptr;
+  grads.dweight = weight ? floats(dweight) : nullptr;
+  grads.dbias = bias ? floats(dbias) : nullptr;
+  grads.dadd = add ? floats(dadd) : nullptr;
+  grads.dscale = scale ? floats(dscale) : nullptr;
+  grads.dshift = shift ? floats(dshift) : nullptr;
+  if constexpr (Device::is_cpu) {
+    engine::group_norm_silu_bwd_cpu(p, dy.data_ptr(), dy_channels_last, floats(mean), floats(rstd),
+                                    floats(workspace), grads, device.parallel_for());
+  } else {
+    engine::group_norm_silu_bwd_cuda(p, dy.data_ptr(), dy_channels_last, floats(mean), floats(rstd),
+                                     floats(workspace), grads, device.stream);
+  }
+  return {dx, dx2, dweight, dbias, dadd, dscale, dshift};
+}
+
+template <class Device>
+void register_kernels(Library& m) {
+  m.impl("group_norm_silu_fwd", TORCH_BOX(&group_norm_silu_fwd<Device>));
+  m.impl("group_norm_silu_bwd", TORCH_BOX(&group_norm_silu_bwd<Device>));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ENGINE_NS, m) {
+  m.def(
+      "group_norm_silu_fwd(Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? add, "
+      "Tensor? scale, Tensor? shift, int num_groups, float eps, bool silu) -> (Tensor y, Tensor "
+      "mean, Tensor rstd)");
+  // UNPROVEN, for CUDA tensors alone: csrc/cuda/group_norm_silu_cluster.cu.
+  m.def(
+      "group_norm_silu_fwd_cluster(Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? "
+      "add, Tensor? scale, Tensor? shift, int num_groups, float eps, bool silu, bool strict) -> "
+      "(Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "group_norm_silu_bwd(Tensor dy, Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? "
+      "add, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, int num_groups, bool silu) -> "
+      "(Tensor dx, Tensor dx2, Tensor dweight, Tensor dbias, Tensor dadd, Tensor dscale, Tensor "
+      "dshift)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CPU, m) { register_kernels<OnCpu>(m); }
+#ifdef ENGINE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CUDA, m) {
+  register_kernels<Cuda>(m);
+  m.impl("group_norm_silu_fwd_cluster", TORCH_BOX(&group_norm_silu_fwd_cluster));
+}
+#endif
+
+}  // namespace engine::ops
