@@ -39,6 +39,8 @@ def quick(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
         patch.setenv("TRITON_INTERPRET", "0")  # interpreted, it would take minutes
+        for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+            patch.delenv(name, raising=False)  # pytest-benchmark times nothing in a worker
         status = gpu.main(["--quick", "--stand-in", "--results", str(folder)])
     assert status == 0 and "0 contenders failed or were wrong" in printed.getvalue()
     return folder / "stand-in.json"
