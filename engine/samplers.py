@@ -265,7 +265,7 @@ def _capture(run: Callable, rewind: Callable):
 
 
 def _wants_graph(graph: bool | str, device: torch.device) -> bool:
-    if graph not in (True, False, "auto"):
+    if not isinstance(graph, bool) and graph != "auto":
         raise ValueError(f"graph is {graph!r}, expected True, False or 'auto'")
     if graph is True and device.type != "cuda":
         raise ValueError(f"graph=True needs a CUDA device, not {device}: leave graph out")

@@ -108,14 +108,15 @@ def reverse_step_general(
 
 
 def _quantile(values: Tensor, p: float) -> Tensor:
-    """torch.quantile(values, p, 1), which takes 16 million values at most."""
+    """torch.quantile(values, p, 1), which takes 16 million values at most; NaN for infinity."""
     ordered = values.sort(1).values
     position = p * (values.shape[1] - 1)
     low = int(position)
     found = torch.lerp(
         ordered[:, low], ordered[:, min(low + 1, values.shape[1] - 1)], position - low
     )
-    return torch.where(ordered[:, -1].isnan(), math.nan, found)
+    # An infinite bound would turn an overflow into a black picture.
+    return torch.where(ordered[:, -1].isnan() | found.isinf(), math.nan, found)
 
 
 def _rows(coeffs: Tensor, t: Tensor, dim: int) -> tuple[Tensor, ...]:

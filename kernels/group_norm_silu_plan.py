@@ -29,6 +29,7 @@ FEW = 0.2  # of the multiprocessors
 WALKERS = 2  # walking programs that a multiprocessor runs at once
 L2_SHARE = 0.5  # of L2 that is sure to hold what they read
 MAX_CHUNKS = 256  # position chunks
+MAX_MERGED = 1024  # chunks of a group: every program of the second launch reads their sums
 MAX_GROUPS = 64  # of a program: sums per group compare every channel with every group
 PADDING = 1.25  # a walking tile's channels or positions, filled up to a power of two
 EXTENT = 2**31  # elements between the first and the last one of a tile: its offsets are 32-bit
@@ -195,9 +196,10 @@ def _large(t: Shape) -> Plan:
             block_c = power(block_g * t.group)
         else:
             block_c //= 2
-    tiles = max(1, CHUNK // (block_c * block_s), triton.cdiv(t.S, block_s * MAX_CHUNKS))
-    tiles = min(tiles, triton.cdiv(t.S, block_s))
     c_chunks = triton.cdiv(block_g * t.group, block_c)
+    most = min(MAX_CHUNKS, max(1, MAX_MERGED // c_chunks))
+    tiles = max(1, CHUNK // (block_c * block_s), triton.cdiv(t.S, block_s * most))
+    tiles = min(tiles, triton.cdiv(t.S, block_s))
     s_chunks = triton.cdiv(t.S, block_s * tiles)
     slabs = triton.cdiv(t.G, block_g)
     return Plan("large", block_g, block_c, block_s, slabs, c_chunks, s_chunks, tiles, t.aligned)

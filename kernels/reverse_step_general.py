@@ -243,8 +243,9 @@ def _reverse_step_threshold_kernel(
     high = tl.where(left + 1 < inside, prefix, above).to(tl.float32, bitcast=True)
     gap = tl.where((fraction == 0.0) | (high == low), 0.0, high - low)  # not infinity · 0
     value = low + fraction * gap
-    value = tl.where(value < 1.0, 1.0, value)
-    tl.store(threshold_ptr + n, tl.where(nans > 0, float("nan"), value))
+    # An infinite bound would turn an overflow into a black picture.
+    usable = (nans == 0) & (value < float("inf"))
+    tl.store(threshold_ptr + n, tl.where(usable, tl.maximum(value, 1.0), float("nan")))
 
 
 def _described(t: torch.Tensor | None, channels: int, positions: int) -> tuple:

@@ -337,3 +337,13 @@ def test_explain_takes_the_variants(capsys):
     assert "serves" in capsys.readouterr().out
     empty = ops.reverse_step(x[:0], out[:0, :3], table(), 1, key=1, model_dtype=torch.float16)
     assert [t.shape for t in empty] == [(0, 3, 4, 4)] * 2
+
+
+@pytest.mark.parametrize("p", [0.5, 0.8, 0.9, 1.0])
+def test_an_infinite_bound_is_nan(impl, p):
+    """An overflow must not become a black picture: x0 / infinity."""
+    out = torch.tensor([[1.0, 2, 3, 4, math.inf], [1, 2, 3, 4, 5]], device=DEVICE)
+    y = thresholded(impl, out, p)
+    assert y[0].isnan().all() == (p > 0.75) and y[1].isfinite().all()
+    if p == 0.5:
+        assert torch.allclose(y[0], torch.tensor([1 / 3, 2 / 3, 1, 1, 1], device=DEVICE))

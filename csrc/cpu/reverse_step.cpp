@@ -161,7 +161,8 @@ void reverse_step_threshold_fwd_cpu(const ReverseStepGeneral& given, int64_t ran
         done += (at.c1 - at.c0) * (at.s1 - at.s0);
       }
       const float found = quantile(values.get(), values.get() + count, count, rank, fraction);
-      threshold[n] = found < 1.0f ? 1.0f : found;  // a NaN passes
+      // A NaN passes; an infinite bound would turn an overflow into a black picture.
+      threshold[n] = found < 1.0f ? 1.0f : found < INFINITY ? found : NAN;
     }
   });
 }

@@ -67,6 +67,8 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
   channel.gamma *= r;
   apply_planes(slots, vectors, channel, m, p.silu, y + (at.n * p.C + at.c) * p.S);
   cluster.barrier_wait(static_cast<decltype(done)&&>(done));
+#elif defined(__CUDA_ARCH__)
+  __trap();  // code for older chips, run on a newer one: never a result of nothing
 #endif
 }
 
@@ -108,7 +110,12 @@ bool launch_fwd_cluster(const GroupNormSilu& p, T* y, float* mean, float* rstd, 
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = 1;
-  int clusters = 0;  // that the device can run at once
+  cudaFuncAttributes built = {};  // for what the driver runs here: the device alone does not tell
+  int clusters = 0;               // that the device can run at once
+  if (cudaFuncGetAttributes(&built, kernel) != cudaSuccess || built.ptxVersion < 90) {
+    cudaGetLastError();
+    return false;
+  }
   if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess || clusters < 1) {
     cudaGetLastError();  // older than sm_90: not an error of the next launch
     return false;

@@ -255,7 +255,9 @@ __global__ void __launch_bounds__(kThresholdThreads)
   if (t != 0) return;
   const float low = __uint_as_float(prefix), high = __uint_as_float(again ? prefix : extreme[1]);
   const float value = fraction == 0.0f || high == low ? low : low + fraction * (high - low);
-  threshold[n] = !extreme[0] ? __uint_as_float(0x7FC00000u) : value < 1.0f ? 1.0f : value;
+  // An infinite bound would turn an overflow into a black picture.
+  const bool usable = extreme[0] && value < __uint_as_float(0x7F800000u);
+  threshold[n] = !usable ? __uint_as_float(0x7FC00000u) : value < 1.0f ? 1.0f : value;
 }
 
 bool planes_without_gaps(const ReverseStepGeneral& p) {

@@ -73,10 +73,11 @@ def forward_noise_loss(
     """(N,) float32: weights · mean ℓ(model_out − target), target = p·x0 + q·ε; "mean": their mean.
 
     (·, ·, p, q) = coeffs[t]; ε is drawn again from its key instead of being kept: forward and, on a
-    GPU, backward; on the CPU the forward leaves the slope of ℓ in place of model_out. ℓ(r) is |r|
-    for "l1", r² for "l2", and for "huber" r²/2 where |r| < 1, |r| − ½ beyond; its mean is over C
-    and S, added in a fixed order. Differentiable in model_out; only eager has gradients to weights,
-    noise and x0. Raises as forward_noise. Source: Ho et al. 2020, eq. 14.
+    GPU or in float16, backward; else the forward leaves the slope of ℓ, rounded to model_out's
+    dtype, in place of model_out. ℓ(r) is |r| for "l1", r² for "l2", and for "huber" r²/2 where
+    |r| < 1, |r| − ½ beyond; its mean is over C and S, added in a fixed order. Differentiable in
+    model_out; only eager has gradients to weights, noise and x0. Raises as forward_noise. Source:
+    Ho et al. 2020, eq. 14.
     """
     if loss not in LOSSES or reduction not in REDUCTIONS:
         name, value, known = ("loss", loss, LOSSES)
@@ -114,7 +115,9 @@ def forward_noise_loss(
         losses = dispatch.function("forward_noise", "loss_fwd", backend)(model_out, *args[:-1])
         return losses.mean() if reduction == "mean" else losses
     # The noise of 25,000 elements takes 18 µs of one core: there, a saved slope is the cheaper one.
-    if x0.is_cpu and hasattr(module, "forward_noise_loss_slope_fwd"):
+    # Not in float16, where a slope that is not yet divided by the number of elements can overflow.
+    kept = hasattr(module, "forward_noise_loss_slope_fwd") and model_out.dtype != torch.float16
+    if kept and x0.is_cpu:
         return _ForwardNoiseLossSlope.apply(backend, model_out, *args)
     return _ForwardNoiseLoss.apply(backend, model_out, *args)
 
