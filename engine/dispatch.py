@@ -111,12 +111,12 @@ def refusals(op: str, backend: str, args: tuple) -> list[str]:
     missing = absence(op, backend)
     if missing:
         return [missing]
-    if backend != "eager" and op in SAMPLING and _wants_gradient(args):
+    if backend != "eager" and op in SAMPLING and wants_gradient(args):
         return ["has no gradient: call it under torch.no_grad(), or use eager"]
     return module(op, backend).refusals(op, *args)
 
 
-def _wants_gradient(args: tuple) -> bool:
+def wants_gradient(args: tuple) -> bool:
     if torch.is_grad_enabled():
         for a in args:  # not any(): a generator costs 1 µs
             if isinstance(a, torch.Tensor) and a.requires_grad:

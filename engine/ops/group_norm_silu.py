@@ -64,9 +64,7 @@ def group_norm_silu(
         x, x2 = _dense_pair(x, x2)
     operands = [rows(t) for t in (weight, bias, add, scale, shift)]
     args = (x, x2, *operands, num_groups, eps, silu)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, x2, *operands)
-    ):
+    if dispatch.wants_gradient((x, x2, *operands)):
         y = _GroupNormSilu.apply(backend, *args)
     else:
         y = dispatch.function("group_norm_silu", "fwd", backend)(*args)[0]
