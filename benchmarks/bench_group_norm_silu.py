@@ -66,6 +66,28 @@ def bench_forward(benchmark, shape, kind):
 
 
 @pytest.mark.parametrize("kind", ["bf16-channels_last", "fp32-contiguous"])
+@pytest.mark.parametrize("shape", [(1, 128, 64, 64), (1, 256, 64, 64)], ids=ids)
+def bench_batch_1(benchmark, shape, kind):
+    """All threads against one, at batch 1: one thread stands where `eager` does."""
+    (x, weight, bias), _ = setup(shape, kind)
+    threads = torch.get_num_threads()
+
+    def on(count, calls=1):
+        torch.set_num_threads(count)  # makes the threads anew: 50 calls share that
+        for _ in range(calls):
+            y = ops.group_norm_silu(x, weight, bias, 32, impl="native")
+        return y
+
+    try:
+        with torch.inference_mode():
+            assert torch.equal(on(1), on(threads))
+            functions = {"ours": lambda: on(threads, 50), "eager": lambda: on(1, 50)}
+            compare(benchmark, functions, 2 * x.numel() * x.element_size(), calls=50)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", ["bf16-channels_last", "fp32-contiguous"])
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
 def bench_backward(benchmark, shape, kind):
     leaves, compiled = setup(shape, kind, grad=True)

@@ -39,12 +39,13 @@ def copy_rate(megabytes: int = 256) -> float:
     return 2 * source.numel() * 4 / seconds
 
 
-def compare(benchmark, functions: dict[str, Callable], useful_bytes: int) -> None:
+def compare(benchmark, functions: dict[str, Callable], useful_bytes: int, calls: int = 1) -> None:
     """Times `ours` against each of the others and leaves medians, ratios, bandwidth in the JSON.
 
     Each ratio comes from a pair timed in turns: a third function in the turn would leave its own
     cache, heap and thread state to the next. `ours` is reported from the turn with eager.
-    useful_bytes: what any implementation must read and write once.
+    useful_bytes: what any implementation must read and write once. calls: how often a function does
+    the work; times are of one.
     """
     ours = functions["ours"]
     median_us, speedup = {}, {}
@@ -53,12 +54,12 @@ def compare(benchmark, functions: dict[str, Callable], useful_bytes: int) -> Non
             continue
         mine, theirs = in_turns([ours, other])
         speedup[name] = round(statistics.median(theirs) / statistics.median(mine), 3)
-        median_us[name] = round(statistics.median(theirs) * 1e6, 2)
+        median_us[name] = round(statistics.median(theirs) / calls * 1e6, 2)
         if "ours" not in median_us:
-            median_us["ours"] = round(statistics.median(mine) * 1e6, 2)
+            median_us["ours"] = round(statistics.median(mine) / calls * 1e6, 2)
             deciles = statistics.quantiles(mine, n=10)
             benchmark.extra_info.update(
-                ours_p10_p90_us=[round(d * 1e6, 2) for d in (deciles[0], deciles[-1])],
+                ours_p10_p90_us=[round(d / calls * 1e6, 2) for d in (deciles[0], deciles[-1])],
                 rounds=len(mine),
             )
     seconds = median_us["ours"] / 1e6

@@ -21,15 +21,18 @@ HEADLINE = (
     "bench_backward[32x128x32x32-bf16-channels_last]",
     "bench_reverse_step[64x1x28x28]",
     "bench_reverse_step[128x3x32x32]",
+    "bench_scheduler_step[128x3x32x32-ddpm]",
     "bench_noise[1M]",
     "bench_forward_noise[32x1x28x28]",
     "bench_forward_noise[128x3x32x32]",
+    "bench_batch_1[1x256x64x64-bf16-channels_last]",
 )
 NOTES = (
     "Medians; below 1 in a × column we lose. Each × comes from a pair timed in turns; `ours` is",
     "from the turn with eager, not with compile. For reverse_step, noise and forward_noise,",
     "eager and compile draw with torch.randn. The allocator keeps freed blocks, for all contenders",
-    "alike (benchmarks/conftest.py).",
+    "alike (benchmarks/conftest.py). In `eager` stand diffusers' schedulers for scheduler_step,",
+    "and ours on one thread for batch_1. attention_qkv is PyTorch's SDPA on both sides.",
 )
 COLUMNS = "| case | ours µs | eager µs | compile µs | × eager | × compile | GB/s | of copy |"
 
