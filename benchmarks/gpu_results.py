@@ -61,7 +61,9 @@ def commit() -> str | None:
         return None
     found = git("describe", "--always", "--abbrev=12")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN)
-    return f"{found}-dirty" if found and changed else found or None
+    if not found or changed is None:
+        return None
+    return f"{found}-dirty" if changed else found
 
 
 def proofs(evidence: Path, gpu: str) -> dict[str, dict[str, int]]:
