@@ -48,7 +48,7 @@ def measured_anchors(request):
     """Before the first case, once per file."""
     gpu = request.config.gpu
     if "anchors" not in gpu.results.data:
-        gpu.results.data["anchors"] = anchors(gpu.device)
+        gpu.results.data["anchors"] = anchors(gpu.device, gpu.mode)
         gpu.results.save()
 
 

@@ -1,7 +1,10 @@
-"""`make gpu`, after the build: parity on the device, benchmarks, tables and plots, in ten minutes.
+"""`make gpu`, after the build: parity on the device, benchmarks, tables and plots, in nine minutes.
 
 Each part is a process of its own, so that none can take the others with it. The benchmarks' process
 is started again, a few times, when an error of the GPU or a hang ends it.
+
+Exit status 0: nothing that ran was wrong. Cases that no time was left for are no failure: the last
+line says how many of how many were measured.
 """
 
 import argparse
@@ -9,6 +12,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,16 +20,18 @@ import tempfile
 import time
 from pathlib import Path
 
-from gpu_results import RESULTS, ROOT, Results, slug, unmeasured
+from gpu_results import RESULTS, ROOT, Results, measured, proofs, slug, unmeasured
 
 HERE = Path(__file__).resolve().parent
+EVIDENCE = ROOT / "engine" / "evidence.json"
 
 NO_GPU = "make gpu needs a CUDA GPU and a CUDA build of torch; torch finds none"
 PROBE = (
     "import torch; assert torch.cuda.is_available(); torch.ones(1, device='cuda').sum().item();"
     "print(*torch.cuda.get_device_capability(), torch.cuda.get_device_name())"
 )
-WARMERS = 4  # processes that compile our kernels while the parity tests run
+WARMERS, WARM_S = 8, 60  # processes that compile our kernels before the benchmarks, and how long
+WORKERS = 14  # of the parity tests
 PARITY_SHARE, REPORT_S, STALL_S, RESTARTS = 0.45, 30, 180, 8
 LAST_CASE_S = 25  # what a case that has begun may still take; then its process is stopped
 FAILED, LOST = 1, 75  # exit status of pytest, and of bench_gpu.py
@@ -78,13 +84,26 @@ def run(command: list[str], until: float, alive=None, **kwargs) -> int | None:
     return process.returncode
 
 
-def warmer(options, part: int) -> subprocess.Popen:
-    """A process that fills Triton's cache with a part of the benchmarks' kernels; times nothing."""
-    command = [sys.executable, str(HERE / "gpu_warm.py"), str(part), str(WARMERS)]
+def warm(options, until: float) -> None:
+    """Fills Triton's cache with the benchmarks' kernels, side by side; times nothing."""
+    parts = min(max((os.cpu_count() or 1) - 2, 1), WARMERS)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    command += ["--full"] if options.full else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(python_path())}
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=environment, **quiet)
+    processes = []
+    try:
+        for part in range(parts):
+            command = [sys.executable, str(HERE / "gpu_warm.py"), str(part), str(parts)]
+            command += ["--full"] if options.full else []
+            processes.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, start_new_session=True, env=environment, **quiet
+                )
+            )
+        while time.time() < until and any(process.poll() is None for process in processes):
+            time.sleep(0.2)
+    finally:
+        for process in processes:
+            stop(process)
 
 
 def python_path() -> list[str]:
@@ -95,29 +114,40 @@ def python_path() -> list[str]:
 def parity(until: float) -> dict:
     """The op tests on the device, all of them: they write engine/evidence.json.
 
-    In parallel where pytest-xdist is, which compiles in parallel too. A parallel run proves only
-    when nothing failed (tests/proof.py); else they run again one by one, compiled already.
+    In parallel where pytest-xdist is, which compiles in parallel too. Where such a run proves
+    nothing (tests/proof.py), they run again one by one, in what is left of the time.
     """
-    begin, status = time.time(), None
+    begin, status, written = time.time(), None, False
     command = [sys.executable, "-m", "pytest", "--on-device", "-q", "--tb=short", "-p"]
-    workers = min((os.cpu_count() or 1) // 2, 8)
+    workers = min((os.cpu_count() or 1) - 2, WORKERS)
+    ways = [[*command, "no:xdist"]]
+    if importlib.util.find_spec("xdist") and workers > 1:
+        ways.insert(0, [*command, "no:cacheprovider", "-n", str(workers)])
     with tempfile.TemporaryDirectory() as folder:
         counts = Path(folder, "counts.json")
-        environment = {**os.environ, "ENGINE_TEST_COUNTS": str(counts)}
-        if importlib.util.find_spec("xdist") and workers > 1:
-            half = begin + (until - begin) / 2
-            parallel = [*command, "no:cacheprovider", "-n", str(workers)]
-            status = run(parallel, half, env=environment)
-        if status != 0:
-            status = run([*command, "no:xdist"], until, env=environment)
+        # A worker of its own per core compiles already: no pool of Inductor's beside each.
+        environment = {"ENGINE_TEST_COUNTS": str(counts), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        for way in ways:
+            if time.time() > until:
+                break
+            counts.unlink(missing_ok=True)  # an earlier run's are not this one's
+            before = last_write(EVIDENCE)
+            status = run(way, until, env={**os.environ, **environment})
+            written = last_write(EVIDENCE) != before
+            if written:
+                break
         passed = json.loads(counts.read_text()) if counts.exists() else {}
-    seconds = round(time.time() - begin, 1)
-    outcome = {0: "passed", FAILED: "failed", None: "not finished: nothing is proved"}
+    outcome = {0: "passed", FAILED: "failed", None: "not finished"}
+    outcome = outcome.get(status, f"ended with status {status}")
     return {
-        "outcome": outcome.get(status, f"ended with status {status}: nothing is proved"),
+        "outcome": outcome if written else f"{outcome}: nothing is proved",
         "passed": passed,
-        "seconds": seconds,
+        "seconds": round(time.time() - begin, 1),
     }
+
+
+def last_write(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def benchmarks(options, path: Path, until: float) -> str:
@@ -148,6 +178,14 @@ def benchmarks(options, path: Path, until: float) -> str:
         bits = (results.data.get("anchors") or {}).get("noise_bits") or {}
         if False in bits.values():
             return f"the noise has other bits than the CPU's: {bits}"
+        sampled = (results.data.get("anchors") or {}).get("graph_sampling") or {}
+        differ = [
+            name
+            for name, row in sampled.items()
+            if isinstance(row, dict) and row.get("same_images") is False
+        ]
+        if differ:
+            return f"sampling as a CUDA graph draws other images: {', '.join(differ)}"
     if status == 0:
         return "done"
     return "some cases failed" if status == FAILED else f"not finished (status {status})"
@@ -170,46 +208,69 @@ def summary(path: Path) -> list[str]:
     return [*lines, f"{len(bad)} contenders failed or were wrong", *bad[:40]]
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON and tables")
-    parser.add_argument("--minutes", type=float, help="for all of it: 10; quick 1; full 60")
+    parser.add_argument("--minutes", type=float, help="for all of it: 9; quick 1; full 60")
     parser.add_argument("--started", type=float, default=time.time(), help="the build's start")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="headline cases, no parity run")
     size.add_argument("--full", action="store_true", help="every baseline of every case")
-    parser.add_argument("--no-parity", action="store_true", help="benchmarks only")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--no-parity", action="store_true", help="benchmarks only")
+    part.add_argument(
+        "--parity-only", action="store_true", help="no benchmarks: it has all the time"
+    )
     parser.add_argument("--arch", action="store_true", help="print the architecture, no more")
     parser.add_argument("--stand-in", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.quick and options.parity_only:
+        parser.error("--quick runs no parity tests: use --parity-only without it")
+    if options.minutes is None:
+        options.minutes = 1 if options.quick else 60 if options.full else 9
+    return options
+
+
+def prove(name: str, until: float, folder: Path) -> dict:
+    """The parity run, told; `folder` gets the evidence too, so that it travels with the rest."""
+    print(f"parity on {name}, {max(until - time.time(), 0):.0f} s", flush=True)
+    proved = parity(until)
+    if folder != RESULTS and EVIDENCE.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(EVIDENCE, folder / EVIDENCE.name)
+    print(f"parity: {proved['outcome']} in {proved['seconds']} s", flush=True)
+    return proved
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
     arch, name = ("", "stand-in") if options.stand_in else find_gpu()
     if options.arch:
         print(arch)
         return 0
-    minutes = options.minutes or (1 if options.quick else 60 if options.full else 10)
     started = time.time() if options.quick else options.started
-    end = started + 60 * minutes - min(REPORT_S, 10 * minutes)
+    end = started + 60 * options.minutes - min(REPORT_S, 10 * options.minutes)
     folder = options.results.resolve()
     path = folder / f"{slug(name)}.json"
-    proved = {"outcome": "not run"}
+    if options.parity_only:
+        return 0 if prove(name, end, folder)["outcome"] == "passed" else 1
+    proved = {"outcome": "not run", "known": proofs(EVIDENCE, name)}
     if not (options.quick or options.no_parity or options.stand_in):
-        print(f"parity on {name}", flush=True)
-        warmers = [warmer(options, part) for part in range(WARMERS)]
-        try:
-            proved = parity(time.time() + (end - time.time()) * PARITY_SHARE)
-        finally:
-            for process in warmers:
-                stop(process)
-        print(f"parity: {proved['outcome']} in {proved['seconds']} s", flush=True)
+        proved = prove(name, time.time() + (end - time.time()) * PARITY_SHARE, folder)
+    if not (options.quick or options.stand_in):
+        warm(options, time.time() + min(WARM_S, (end - time.time()) / 5))
     print(f"benchmarks on {name}, {max(end - time.time(), 0):.0f} s", flush=True)
     outcome = benchmarks(options, path, end)
+    count = (0, 0)
     if path.exists():
         results = Results(path)
         results.data["parity"] = proved
         results.save()
+        count = measured(results.data)
     report = [sys.executable, str(HERE / "report.py"), "--results", str(folder)]
     reported = run(report, time.time() + 120)
-    print("\n".join([*summary(path), f"benchmarks: {outcome}; results in {folder}"]))
+    print("\n".join([*summary(path), f"results in {folder}"]))
+    print("benchmarks: {}; {} of {} cases measured".format(outcome, *count))
     fine = outcome == "done" and proved["outcome"] in ("passed", "not run") and reported == 0
     return 0 if fine else 1
 

@@ -1,16 +1,21 @@
-"""What the device can do at all: copy rate, matrix rate, what a kernel costs. And the noise's bits.
+"""What the device can do at all: copy rate, matrix rate, what a kernel costs. And the noise's bits,
+and whether sampling as a CUDA graph draws the images of the plain loop.
 
 Each anchor stands by itself: one that fails is recorded with its reason.
 """
 
+import os
 import statistics
+import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from gpu_measure import failure
 
-from engine import dispatch, ops
+import engine
+from engine import dispatch, ops, schedules
 
 COPY_MB = (16, 32, 64, 256, 1024)  # bytes read plus written: half of it is one buffer
 NODES = 200
@@ -73,8 +78,6 @@ def noise_bits(device, count: int = 2**20 + 3) -> dict[str, bool | str]:
 
 def host_us(device) -> dict[str, float | str]:
     """Wall µs of one reverse step, host included, as a sampler's loop pays it: CIFAR B128."""
-    import time
-
     from gpu_diffusion import PICTURES, TINY, reverse_eager, reverse_inputs, reverse_ours
 
     shape = TINY["tiny"] if device.stand_in else PICTURES["CIFAR"]
@@ -107,14 +110,82 @@ def host_us(device) -> dict[str, float | str]:
     return found
 
 
-def anchors(device) -> dict:
+TINY_UNET = dict(
+    image_size=16,
+    in_channels=3,
+    model_channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(8,),
+    head_channels=32,
+    num_groups=8,
+)
+
+
+def graph_sampling(device, batch: int = 16, few: int = 10, many: int = 40) -> dict[str, dict]:
+    """sampler, back end → ms per step with graph=False and True, and whether the images agree.
+
+    The warning that sampling gives where it cannot capture is an error here. From two counts of
+    steps, so that the capture is no part of a step.
+    """
+    torch.manual_seed(0)
+    model = engine.UNet(**TINY_UNET).to(device.device).eval()
+    with torch.no_grad():  # what starts at zero would hide the network from the images
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.02)
+    diffusion = engine.Diffusion(schedules.betas("linear", 1000))
+    shape = (batch, 3, 16, 16)
+
+    def draw(sampler, graph, steps):
+        device.synchronize()
+        start = time.perf_counter()
+        x = engine.sample(
+            model, diffusion, shape, sampler=sampler, steps=steps, seed=1, graph=graph
+        )
+        device.synchronize()
+        return x, time.perf_counter() - start
+
+    def row(sampler):
+        images, ms = {}, {}
+        for graph in (False, True):
+            draw(sampler, graph, few)  # compiles, allocates
+            _, short = draw(sampler, graph, few)
+            images[graph], long = draw(sampler, graph, many)
+            ms[graph] = round((long - short) / (many - few) * 1e3, 4)
+        same = torch.equal(images[False], images[True]) and images[True].isfinite().all().item()
+        return {"plain_ms": ms[False], "graph_ms": ms[True], "same_images": same}
+
+    found, asked = {}, os.environ.get("ENGINE_BACKEND")
+    try:
+        for impl in dispatch.IMPLS[1:]:
+            os.environ["ENGINE_BACKEND"] = impl  # the network's ops as well as the step
+            for sampler in ("ddpm", "dpm++"):
+                try:
+                    with warnings.catch_warnings():
+                        warnings.filterwarnings("error", "sampling without a CUDA graph")
+                        found[f"{sampler}, {impl}"] = row(sampler)
+                except Exception as error:
+                    found[f"{sampler}, {impl}"] = {"error": failure(error)["reason"]}
+    finally:
+        os.environ.pop("ENGINE_BACKEND")
+        if asked is not None:
+            os.environ["ENGINE_BACKEND"] = asked
+    return found
+
+
+def anchors(device, mode: str = "default") -> dict:
     sizes = (0.01,) if device.stand_in else COPY_MB
     jobs = {f"copy {mb} MB": partial(copy_rate, device, mb) for mb in sizes}
     jobs["node_us"] = partial(node_us, device)
     jobs["matrix_tflops"] = partial(matrix_tflops, device, 64 if device.stand_in else MATRIX)
     jobs["noise_bits"] = partial(noise_bits, device)
     jobs["reverse_step_host_us"] = partial(host_us, device)
+    jobs["graph_sampling"] = partial(graph_sampling, device)
     found, copies, failed = {}, {}, {}
+    if device.stand_in or mode == "quick":  # its kernels may have to be compiled
+        reason = "a CUDA graph needs a CUDA device" if device.stand_in else "not in a quick run"
+        del jobs["graph_sampling"]
+        found["graph_sampling"] = {"skipped": reason}
     for name, job in jobs.items():
         try:
             value = job()

@@ -51,7 +51,6 @@ HEADLINE = {  # (shape, layout, direction)
     ("ADM256-a", "nhwc", "fwd"),
     ("tiny", "nhwc", "fwd"),
 }
-AUTOTUNED = {("CIFAR-a", "nhwc"), ("ADM256-a", "nhwc"), ("tiny", "nhwc")}  # else in --full
 AUTOTUNE = "max-autotune-no-cudagraphs"
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -149,8 +148,7 @@ def case(device, name, shape, also, variant, layout, dtype, direction, mode) -> 
     contenders = {impl: partial(prepare, partial(ours, impl)) for impl in ("triton", "native")}
     contenders["eager"] = partial(prepare, eager)
     contenders["compile"] = partial(compiled, device, None, prepare)
-    tuned = headline and (name, layout) in AUTOTUNED and mode != "quick"
-    if tuned or mode == "full":
+    if mode == "full":
         contenders["compile-max"] = partial(compiled, device, AUTOTUNE, prepare)
     n, c, h, w = shape
     size = n * c * h * w * DTYPES[dtype].itemsize

@@ -21,6 +21,7 @@ from torch import Tensor
 
 OURS = ("triton", "native")
 MIN_CALLS, MIN_GRAPH_S = 10, 300e-6
+BURN_IN_S = 0.15  # before the rounds: until then the clocks rise
 ROUND_S, MIN_TURNS, MAX_TURNS = 0.25, 4, 20
 MAX_SETS = 512
 COMPILE_S = {"compile": 40, "compile-max": 60}  # longest that a torch.compile may take
@@ -222,6 +223,7 @@ def _time(case, device, first, good, rows, record, note, host) -> None:
     turns = _turns(graphs)
     record["turns"] = 2 * turns
     note("timing")
+    _burn_in(device, graphs)
     rounds = [device.time(graphs, turns) for _ in range(2)]
     for name in graphs:
         count = graphs[name].calls
@@ -240,6 +242,13 @@ def _time(case, device, first, good, rows, record, note, host) -> None:
     mine = [name for name in OURS if rows.get(name, {}).get("cold")]
     if host and mine:
         host(calls[min(mine, key=lambda name: rows[name]["cold"]["us"])][0])
+
+
+def _burn_in(device, graphs: dict[str, Graph]) -> None:
+    """What the rounds do, thrown away."""
+    end = time.perf_counter() + BURN_IN_S
+    while graphs and time.perf_counter() < end:
+        device.time(graphs, MIN_TURNS)
 
 
 def _turns(graphs: dict[str, Graph]) -> int:

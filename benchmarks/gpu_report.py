@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from gpu_measure import OURS
-from gpu_results import copy_rate, timed
+from gpu_results import copy_rate, measured, timed
 
 MARK = {"win": "", "tie": "=", "loss": "−"}
 NOTES = (
@@ -61,9 +61,27 @@ def anchors(result: dict) -> list[str]:
             for name, value in found["reverse_step_host_us"].items()
         )
         lines.append(f"* one reverse step as a Python loop pays it, CIFAR-10 batch 128, µs: {host}")
+    lines += graph_sampling(found.get("graph_sampling") or {})
     for name, reason in (found.get("failed") or {}).items():
         lines.append(f"* {name}: not measured ({reason})")
     return lines
+
+
+def graph_sampling(found: dict) -> list[str]:
+    """The sampling loop, ms a step: launched from Python, and as a CUDA graph."""
+    if "skipped" in found:
+        return [f"* sampling as a CUDA graph: {found['skipped']}"]
+    lines = []
+    if found:
+        lines += ["", "| sampling, tiny U-Net | plain ms per step | graph ms per step | images |"]
+        lines += ["| --- | ---: | ---: | --- |"]
+    for name, row in found.items():
+        if "error" in row:
+            lines.append(f"| {name} | – | – | {row['error']} |")
+            continue
+        same = "the same" if row["same_images"] else "DIFFERENT"
+        lines.append(f"| {name} | {row['plain_ms']:.3f} | {row['graph_ms']:.3f} | {same} |")
+    return [*lines, ""] if found else lines
 
 
 def cell(row: dict | None) -> str:
@@ -168,7 +186,9 @@ def tables(result: dict, folder: Path) -> list[str]:
     lines = [f"## {describe(result)}", "", *NOTES, ""]
     lines += [f"Commit {result['commit']}, {result['date']}. {clocks(result)}", ""]
     outcome = f"Parity on the device: {parity.get('outcome', 'not run')}"
-    lines += [f"{outcome} ({passed} cases)." if passed else f"{outcome}.", ""]
+    outcome += f" ({passed} cases)" if passed else ""
+    lines.append(f"{outcome}.{known(parity)}")
+    lines += ["", "{} of {} cases measured.".format(*measured(result)), ""]
     if chosen:
         lines += [f"SDPA by itself takes: {', '.join(chosen)}.", ""]
     lines += [*anchors(result), "", *summary(result), ""]
@@ -180,6 +200,18 @@ def tables(result: dict, folder: Path) -> list[str]:
     if found:
         lines += ["### What failed, was refused or left out", "", *found]
     return lines
+
+
+def known(parity: dict) -> str:
+    """Where the tests did not run: what engine/evidence.json held for this GPU before."""
+    if "known" not in parity:
+        return ""
+    entries = [
+        f"{op} {backend} {cases}"
+        for op, backends in parity["known"].items()
+        for backend, cases in backends.items()
+    ]
+    return f" engine/evidence.json holds for this GPU, in cases: {', '.join(entries) or 'nothing'}."
 
 
 def headline(result: dict) -> list[str]:

@@ -21,6 +21,7 @@ SCHEMA = "engine-gpu-1"
 PARTS = ("reference", "inputs", "timing")  # of a case, beside its contenders
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+WRITTEN = (":!engine/evidence.json", ":!benchmarks/results", ":!README.md")  # by `make gpu`
 
 
 def slug(name: str) -> str:
@@ -44,18 +45,34 @@ def versions() -> dict:
     }
 
 
-def commit() -> str | None:
+def git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=20,
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return None if done.returncode else done.stdout.strip()
+
+
+def commit() -> str | None:
+    """The commit, "-dirty" where a tracked file differs beyond those that `make gpu` writes."""
+    if not (ROOT / ".git").exists():  # a folder around this one may be a repository
+        return None
+    found = git("describe", "--always", "--abbrev=12")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN)
+    if not found or changed is None:
+        return None
+    return f"{found}-dirty" if changed else found
+
+
+def proofs(evidence: Path, gpu: str) -> dict[str, dict[str, int]]:
+    """op → back end → cases that passed on GPUs of this name, as the evidence has it."""
+    known = json.loads(evidence.read_text()) if evidence.exists() else {}
+    return {
+        op: {backend: entry["cases"] for backend, entry in entries.items()}
+        for op, entries in known.get(gpu, {}).items()
+    }
 
 
 class Results:
@@ -141,6 +158,12 @@ class Results:
 
 def unmeasured(data: dict) -> list[str]:
     return [name for name in data.get("planned", ()) if name not in data["cases"]]
+
+
+def measured(data: dict) -> tuple[int, int]:
+    """Cases with at least one time, and cases that were planned."""
+    cases = data.get("cases", {})
+    return sum(bool(timed(r)) for r in cases.values()), len(data.get("planned") or cases)
 
 
 def copy_rate(anchors: dict) -> float:

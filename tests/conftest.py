@@ -28,6 +28,7 @@ _ran: Counter = Counter()
 _passed: Counter = Counter()  # per (op, back end)
 _failed: Counter = Counter()
 _whole = True  # no case was left out
+_unknown = False  # something failed that names no op
 
 
 def pytest_addoption(parser) -> None:
@@ -49,6 +50,8 @@ def pytest_ignore_collect(collection_path, config) -> bool | None:
 def backends(op: str) -> list[str]:
     """Back ends of an op that this machine can run."""
     found = ["eager"] + [b for b in ("native", "triton") if not dispatch.absence(op, b)]
+    if DEVICE == "cuda" and "native" in found and not dispatch.module(op, "native").has_cuda():
+        found.remove("native")  # a library of before the toolkit was there
     if op != "attention" and DEVICE == "cpu":  # the emulation takes CPU tensors
         found.append(EMULATED)
     return found
@@ -121,7 +124,14 @@ def poison(request):
     torch.use_deterministic_algorithms(before)
 
 
+def pytest_collectreport(report) -> None:
+    global _unknown
+    _unknown |= report.failed
+
+
 def pytest_runtest_logreport(report) -> None:
+    global _unknown
+    _unknown |= proof.unknown(report)
     properties = dict(report.user_properties)
     if "backend" not in properties:
         return
@@ -158,7 +168,7 @@ def pytest_sessionfinish(session, exitstatus) -> None:
     stopped = session.shouldstop or session.shouldfail
     interpreted = os.environ.get("TRITON_INTERPRET", "0") != "0"
     whole = _whole and not stopped and not interpreted
-    if DEVICE == "cuda" and whole and proof.counts(session.config, exitstatus):
+    if DEVICE == "cuda" and whole and proof.counts(session.config, exitstatus, _unknown):
         proof.record(torch.cuda.get_device_name(), _passed, _failed, dispatch.EVIDENCE_FILE)
 
 

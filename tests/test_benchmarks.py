@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +42,8 @@ def quick(tmp_path_factory) -> Path:
             patch.delenv(name, raising=False)  # pytest-benchmark times nothing in a worker
         status = gpu.main(["--quick", "--stand-in", "--results", str(folder)])
     assert status == 0 and "0 contenders failed or were wrong" in printed.getvalue()
+    last = printed.getvalue().splitlines()[-1]
+    assert re.fullmatch(r"benchmarks: done; (\d+) of \1 cases measured", last)
     return folder / "stand-in.json"
 
 
@@ -78,6 +79,7 @@ def test_anchors(quick):
     assert found["node_us"] > 0 and found["matrix_tflops"] > 0
     assert found["noise_bits"]["native CPU"] is True and found["noise_bits"]["native"] is True
     assert "needs a CUDA tensor" in found["noise_bits"]["triton"]
+    assert found["graph_sampling"] == {"skipped": "a CUDA graph needs a CUDA device"}
 
 
 def test_dispatch_rows_are_data(quick):
@@ -97,7 +99,13 @@ def test_report_shows_a_device_and_never_a_stand_in(quick, tmp_path):
     assert "no measurement" in text and "not measured yet" in text
     # The same file as if it came from a GPU.
     data |= {"stand_in": False}
-    case = next(iter(data["cases"]))
+    assert data["parity"] == {"outcome": "not run", "known": {}}
+    data["parity"]["known"] = {"noise": {"triton": 9}}
+    *_, unmeasured, case = data["cases"]
+    for row in data["cases"][unmeasured]["contenders"].values():
+        row.pop("cold", None)
+    data["cases"][unmeasured] |= {"speedup": None, "verdict": None, "best_ours": None}
+    (tmp_path / "evidence.json").write_text('{"a GPU": {}}')  # travels beside it
     data["cases"][case]["contenders"]["native"] |= {"status": "wrong", "reason": "by hand"}
     data["cases"]["lost"] = {"section": "x", "error": "out of memory", "contenders": {}}
     (tmp_path / "gpu.json").write_text(json.dumps(data))
@@ -107,12 +115,16 @@ def test_report_shows_a_device_and_never_a_stand_in(quick, tmp_path):
     for name in data["cases"]:
         assert name in text
     assert "wrong: by hand" in text and "lost: out of memory" in text
+    n = len(data["planned"])
+    assert f"\n{n - 1} of {n} cases measured.\n" in text
+    assert "not run. engine/evidence.json holds for this GPU, in cases: noise triton 9.\n" in text
     for kind in ("share", "speedup"):
         picture = tmp_path / f"gpu-{kind}.png"
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 200_000
         assert f"(gpu-{kind}.png)" in text
     assert any(
-        line.startswith(f"| {case} ") for line in gpu_report.headline(report.load(tmp_path)[0])
+        line.startswith(f"| {case} ")
+        for line in gpu_report.headline(json.loads((tmp_path / "gpu.json").read_text()))
     )
 
 
@@ -219,38 +231,6 @@ def test_warming_runs_our_kernels_alone(monkeypatch):
     assert gpu_warm.warm(StandIn(), 1, 2) == 2 and ran == ["triton"] * 2
 
 
-def test_other_bits_of_the_noise_are_a_failure(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-
-    def run(command, until, alive):
-        results = gpu_results.Results(path)
-        results.begin(StandIn(), "quick")
-        results.data["anchors"] = {"noise_bits": {"native": bits, "triton": "refused"}}
-        results.save()
-        return 0
-
-    monkeypatch.setattr(gpu, "run", run)
-    options = SimpleNamespace(quick=True, full=False, stand_in=True)
-    bits = True
-    assert gpu.benchmarks(options, path, time.time() + 60) == "done"
-    bits = False
-    assert "other bits" in gpu.benchmarks(options, path, time.time() + 60)
-
-
-def test_a_process_that_stands_still_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "STALL_S", 0.3)
-    sleep = [sys.executable, "-c", "import time; time.sleep(30)"]
-    assert gpu.run(sleep, time.time() + 20, alive=tmp_path / "nothing") is None
-    assert gpu.run(sleep, time.time() + 0.3) is None
-    assert gpu.run([sys.executable, "-c", "raise SystemExit(75)"], time.time() + 20) == 75
-    # At work: the file is written again and again, and is not there between two cases.
-    beats = "import pathlib, sys, time; p = pathlib.Path(sys.argv[1])\n"
-    beats += "for i in range(8): p.write_text(''); p.unlink() if i % 2 else None; time.sleep(0.15)"
-    monkeypatch.setattr(gpu, "STALL_S", 0.8)
-    command = [sys.executable, "-S", "-c", beats, str(tmp_path / "at")]
-    assert gpu.run(command, time.time() + 20, alive=tmp_path / "at") == 0
-
-
 @NO_GPU
 def test_without_a_gpu_one_sentence(capsys):
     with pytest.raises(SystemExit) as found:
@@ -288,11 +268,28 @@ def test_only_whole_runs_prove():
     assert not proof.counts(config(), 2)
     assert not proof.counts(config("ARGS"), 0) and not proof.counts(config(ignore=["a"]), 0)
     assert proof.counts(config(numprocesses=8, keyword=""), 0)
-    assert not proof.counts(config(numprocesses=8), 1)  # who failed may not be known here
+    assert proof.counts(config(numprocesses=8), 1)
+    assert not proof.counts(config(numprocesses=8), 1, unknown=True)
+    assert not proof.counts(config(numprocesses=8), 2)
     assert not proof.counts(config(numprocesses=8, keyword="noise"), 0)
     worker = config()
     worker.workerinput = {}
     assert not proof.counts(worker, 0)
+
+
+def test_whom_a_failure_takes_the_proof_from():
+    def report(**changes):
+        plain = dict(failed=True, when="call", nodeid="tests/test_a.py::test_b", user_properties=[])
+        return SimpleNamespace(**plain | changes)
+
+    case = [("backend", "triton"), ("op", "noise")]
+    clusters = "tests/test_group_norm_silu.py::test_clusters[planes-0]"
+    assert proof.unknown(report()) and proof.unknown(report(user_properties=case[:1]))
+    assert not proof.unknown(report(failed=False)) and not proof.unknown(
+        report(user_properties=case)
+    )
+    assert not proof.unknown(report(nodeid=clusters))
+    assert proof.unknown(report(nodeid=clusters, when="???"))  # a worker died there
 
 
 def test_an_anchor_that_fails_is_told(monkeypatch):

@@ -3,6 +3,8 @@
 import json
 import re
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import proof
 import pytest
@@ -11,6 +13,7 @@ import torch
 from engine import dispatch
 
 GPU = "NVIDIA Test GPU"
+CONFTEST = Path(__file__).with_name("conftest.py")
 OPS = sorted(dispatch.ORDER)
 
 
@@ -81,6 +84,20 @@ def test_a_failure_takes_the_proof_away(file):
     proof.record(GPU, both, Counter(), file)
     proof.record(GPU, both, Counter({("noise", "triton"): 1}), file)
     assert dispatch.pick("noise", "auto", OnGpu()) == "native"
+
+
+def test_a_library_without_cuda_is_no_back_end_of_a_gpu(monkeypatch, pytestconfig):
+    """Its tests would all fail there, for want of a build."""
+    plugins = pytestconfig.pluginmanager.get_plugins()
+    conftest = next(p for p in plugins if getattr(p, "__file__", "") == str(CONFTEST))
+    native = SimpleNamespace(has_cuda=lambda: there)
+    monkeypatch.setattr(conftest, "DEVICE", "cuda")
+    monkeypatch.setattr(dispatch, "absence", lambda op, backend: "")
+    monkeypatch.setattr(dispatch, "module", lambda op, backend: native)
+    there = True
+    assert conftest.backends("noise") == ["eager", "native", "triton"]
+    there = False
+    assert conftest.backends("noise") == ["eager", "triton"]
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -87,6 +87,23 @@ def test_nothing_begins_after_the_end():
     assert {row["status"] for row in record["contenders"].values()} == {"time"}
 
 
+def test_the_rounds_begin_on_a_busy_device(monkeypatch):
+    began, rounds = time.perf_counter(), []
+
+    class Noting(StandIn):
+        def time(self, graphs, turns, warm=False):
+            if not warm:
+                rounds.append((time.perf_counter() - began, turns))
+            return super().time(graphs, turns, warm)
+
+    monkeypatch.setattr(gpu_measure, "BURN_IN_S", 0.05)
+    monkeypatch.setattr(gpu_measure, "MIN_TURNS", 3)
+    row = gpu_measure.measure(tiny(), Noting())["contenders"]["eager"]
+    *burnt, first, second = rounds
+    assert burnt and {turns for _, turns in burnt} == {3} and first[1] == second[1] > 3
+    assert first[0] - burnt[0][0] >= 0.05 and row["cold"]["n"] == 2 * first[1]
+
+
 def test_a_compilation_is_stopped():
     def slow(one):
         time.sleep(5)
