@@ -54,7 +54,7 @@ train: build data
 
 # Side by side where pytest-xdist is there: half the minutes on two cores.
 test: build
-	@side=$$($(PY) -c 'import xdist' 2>/dev/null && echo -n auto --maxprocesses 8 --dist loadfile); \
+	@side=$$($(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n auto --maxprocesses 8 --dist loadfile'); \
 	echo "$(PY) -m pytest $$side $(ARGS)"; $(PY) -m pytest $$side $(ARGS)
 
 venv: $(PACKAGES_STAMP)
