@@ -29,7 +29,7 @@ def bench_reverse_step(benchmark, shape):
     x, out = torch.randn(shape), torch.randn(shape)
     process = engine.Diffusion(schedules.betas("linear", 1000))
     rows = samplers.coefficients(process)[1].float()
-    row = rows[500].tolist()
+    row = rows[500, :5].tolist()
     step, key = torch.tensor(500), torch.tensor(7)
     torch.compiler.reset()
     compiled = torch.compile(lambda x, out: sequence(x, out, row), dynamic=False)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import boundary, philox
+from . import philox
 
 
 def refusals(op: str, *args) -> list[str]:
@@ -35,11 +35,6 @@ def group_norm_silu(x, x2, weight, bias, add, scale, shift, num_groups, eps, sil
 
 def attention(q, k, v, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
-
-
-def attention_qkv(qkv, heads: int, order: str, scale: float) -> Tensor:
-    """Split, attend, merge: the views cost nothing, SDPA reads them as it can."""
-    return boundary.merged(attention(*boundary.split_qkv(qkv, heads, order), scale))
 
 
 def noise_fwd(out: Tensor, seed: Tensor, step: Tensor, stream: int, offset: int) -> None:

@@ -65,7 +65,8 @@ def attention_qkv(
     *views, scale = arguments_qkv(qkv, num_heads, order, scale=scale)
     backend = dispatch.pick("attention", "eager" if qkv.numel() == 0 else impl, *views, scale)
     if backend == "eager":
-        return dispatch.module("attention", backend).attention_qkv(qkv, num_heads, order, scale)
+        out = dispatch.module("attention", backend).attention(*views, scale)
+        return out.transpose(1, 2).flatten(2)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     if torch.is_grad_enabled() and qkv.requires_grad:
         return _AttentionQKV.apply(backend, qkv, num_heads, order, scale)
