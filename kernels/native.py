@@ -21,7 +21,7 @@ OPS = (
     "noise_fwd",
 )
 CPU_OPS = ("forward_noise_loss_slope_fwd",)  # CUDA tensors have no kernel of it
-# GPUs, by name, whose tests of group_norm_silu_fwd_cluster (tests/test_group_norm_silu.py) passed;
+# GPUs, by name, where test_clusters (tests/test_group_norm_silu_plan.py) passed;
 # there large contiguous groups take it. No GPU has run it yet: it is compiled, and not taken.
 CLUSTERS: tuple[str, ...] = ()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

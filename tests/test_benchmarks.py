@@ -283,7 +283,7 @@ def test_whom_a_failure_takes_the_proof_from():
         return SimpleNamespace(**plain | changes)
 
     case = [("backend", "triton"), ("op", "noise")]
-    clusters = "tests/test_group_norm_silu.py::test_clusters[planes-0]"
+    clusters = "tests/test_group_norm_silu_plan.py::test_clusters[planes-0]"
     assert proof.unknown(report()) and proof.unknown(report(user_properties=case[:1]))
     assert not proof.unknown(report(failed=False)) and not proof.unknown(
         report(user_properties=case)
