@@ -185,10 +185,11 @@ constexpr int64_t kForwardNoiseChunk = 2048;
 inline int64_t forward_noise_chunks(const ForwardNoise& p) {
   return (p.C * p.S + kForwardNoiseChunk - 1) / kForwardNoiseChunk;
 }
-// workspace: (N, chunks) double. slope: null, or like model_out: r clipped to [-1, 1] for huber,
-// the sign of r for l1, r for l2, so that l' = slope, for l2 2 slope.
+// workspace: (N, chunks) double. On the CPU: mean, loss is one number, the mean over N, not (N,);
+// grad, null, or like model_out: the gradient of loss, of each sample's own where there are N.
 void forward_noise_loss_fwd_cpu(const ForwardNoise& p, const ForwardNoiseLoss& l, double* workspace,
-                                float* loss, void* slope, const ParallelFor& parallel_for);
+                                float* loss, bool mean, void* grad,
+                                const ParallelFor& parallel_for);
 void forward_noise_loss_fwd_cuda(const ForwardNoise& p, const ForwardNoiseLoss& l,
                                  double* workspace, float* loss, void* stream);
 // dmodel_out = dloss[n] * weights[n] / M * l'(model_out - target), layout of model_out.

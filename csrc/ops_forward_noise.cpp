@@ -1,4 +1,4 @@
-// Bindings of forward_noise: x_t, the loss, the loss with its slope (CPU alone), its backward.
+// Bindings of forward_noise: x_t, the loss, the loss with its gradient (CPU alone), its backward.
 #include <tuple>
 
 #include "ops.h"
@@ -86,24 +86,24 @@ void forward_noise_fwd(Tensor x_t, const Tensor& x0, const Tensor& coeffs, const
   }
 }
 
-// slope: null, or allocated here like model_out.
+// mean (CPU alone): the result is the mean over N. grad: null, or allocated here like model_out.
 template <class Device>
-Tensor loss_and_slope(const Tensor& model_out, const Tensor& x0, const Tensor& coeffs,
-                      const Tensor& t, const OptionalTensor& weights, const OptionalTensor& seed,
-                      const OptionalTensor& step, const OptionalTensor& noise, int64_t offset,
-                      int64_t loss, OptionalTensor* slope) {
+Tensor loss_and_grad(const Tensor& model_out, const Tensor& x0, const Tensor& coeffs,
+                     const Tensor& t, const OptionalTensor& weights, const OptionalTensor& seed,
+                     const OptionalTensor& step, const OptionalTensor& noise, int64_t offset,
+                     int64_t loss, bool mean, OptionalTensor* grad) {
   const auto p = forward_noise_params(x0, coeffs, t, seed, step, noise, offset);
   const auto l = forward_noise_loss_params(p, model_out, x0, weights, loss);
   STD_TORCH_CHECK(p.N * p.C * p.S > 0, "x0 must not be empty");
   Device device(x0);
-  Tensor result = allocate_floats(x0, {p.N});
+  Tensor result = allocate(x0, &p.N, mean ? 0 : 1, ScalarType::Float);
   const int64_t sizes[] = {p.N, engine::forward_noise_chunks(p)};
   Tensor workspace = allocate(x0, sizes, 2, ScalarType::Double);
   double* const sums = static_cast<double*>(workspace.data_ptr());
-  if (slope) *slope = allocate_like(model_out);
+  if (grad) *grad = allocate_like(model_out);
   if constexpr (Device::is_cpu) {
-    engine::forward_noise_loss_fwd_cpu(
-        p, l, sums, floats(result), slope ? (*slope)->data_ptr() : nullptr, device.parallel_for());
+    engine::forward_noise_loss_fwd_cpu(p, l, sums, floats(result), mean,
+                                       grad ? (*grad)->data_ptr() : nullptr, device.parallel_for());
   } else {
     engine::forward_noise_loss_fwd_cuda(p, l, sums, floats(result), device.stream);
   }
@@ -115,19 +115,19 @@ Tensor forward_noise_loss_fwd(const Tensor& model_out, const Tensor& x0, const T
                               const Tensor& t, const OptionalTensor& weights,
                               const OptionalTensor& seed, const OptionalTensor& step,
                               const OptionalTensor& noise, int64_t offset, int64_t loss) {
-  return loss_and_slope<Device>(model_out, x0, coeffs, t, weights, seed, step, noise, offset, loss,
-                                nullptr);
+  return loss_and_grad<Device>(model_out, x0, coeffs, t, weights, seed, step, noise, offset, loss,
+                               false, nullptr);
 }
 
 #ifndef ENGINE_EMULATE
-std::tuple<Tensor, Tensor> forward_noise_loss_slope_fwd(
+std::tuple<Tensor, Tensor> forward_noise_loss_grad_fwd(
     const Tensor& model_out, const Tensor& x0, const Tensor& coeffs, const Tensor& t,
     const OptionalTensor& weights, const OptionalTensor& seed, const OptionalTensor& step,
-    const OptionalTensor& noise, int64_t offset, int64_t loss) {
-  OptionalTensor slope;
-  Tensor result = loss_and_slope<Cpu>(model_out, x0, coeffs, t, weights, seed, step, noise, offset,
-                                      loss, &slope);
-  return {result, *slope};
+    const OptionalTensor& noise, int64_t offset, int64_t loss, bool mean) {
+  OptionalTensor grad;
+  Tensor result = loss_and_grad<Cpu>(model_out, x0, coeffs, t, weights, seed, step, noise, offset,
+                                     loss, mean, &grad);
+  return {result, *grad};
 }
 #endif
 
@@ -171,9 +171,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ENGINE_NS, m) {
       "forward_noise_loss_fwd(Tensor model_out, Tensor x0, Tensor coeffs, Tensor t, Tensor? "
       "weights, Tensor? seed, Tensor? step, Tensor? noise, int offset, int loss) -> Tensor");
   m.def(
-      "forward_noise_loss_slope_fwd(Tensor model_out, Tensor x0, Tensor coeffs, Tensor t, Tensor? "
-      "weights, Tensor? seed, Tensor? step, Tensor? noise, int offset, int loss) -> (Tensor loss, "
-      "Tensor slope)");
+      "forward_noise_loss_grad_fwd(Tensor model_out, Tensor x0, Tensor coeffs, Tensor t, Tensor? "
+      "weights, Tensor? seed, Tensor? step, Tensor? noise, int offset, int loss, bool mean) -> "
+      "(Tensor loss, Tensor grad)");
   m.def(
       "forward_noise_loss_bwd(Tensor dloss, Tensor model_out, Tensor x0, Tensor coeffs, Tensor t, "
       "Tensor? weights, Tensor? seed, Tensor? step, Tensor? noise, int offset, int loss) -> "
@@ -183,7 +183,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ENGINE_NS, m) {
 STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CPU, m) {
   register_kernels<OnCpu>(m);
 #ifndef ENGINE_EMULATE
-  m.impl("forward_noise_loss_slope_fwd", TORCH_BOX(&forward_noise_loss_slope_fwd));
+  m.impl("forward_noise_loss_grad_fwd", TORCH_BOX(&forward_noise_loss_grad_fwd));
 #endif
 }
 #ifdef ENGINE_CUDA

@@ -53,9 +53,10 @@ SCHEMAS = {
         "(Tensor model_out, Tensor x0, Tensor coeffs, Tensor t, Tensor? weights, Tensor? seed, "
         "Tensor? step, Tensor? noise, int offset, int loss) -> Tensor"
     ),
-    "forward_noise_loss_slope_fwd": (  # native on the CPU alone
+    "forward_noise_loss_grad_fwd": (  # native on the CPU alone
         "(Tensor model_out, Tensor x0, Tensor coeffs, Tensor t, Tensor? weights, Tensor? seed, "
-        "Tensor? step, Tensor? noise, int offset, int loss) -> (Tensor loss, Tensor slope)"
+        "Tensor? step, Tensor? noise, int offset, int loss, bool mean) -> "
+        "(Tensor loss, Tensor grad)"
     ),
     "forward_noise_loss_bwd": (
         "(Tensor dloss, Tensor model_out, Tensor x0, Tensor coeffs, Tensor t, Tensor? weights, "
@@ -180,8 +181,9 @@ def _forward_noise_loss_fwd(model_out, x0, coeffs, t, weights, seed, step, noise
     return model_out.new_empty((model_out.shape[0],), dtype=torch.float32)
 
 
-def _forward_noise_loss_slope_fwd(model_out, *args):
-    return _forward_noise_loss_fwd(model_out, *args), torch.empty_like(model_out)
+def _forward_noise_loss_grad_fwd(model_out, *args):
+    losses = _forward_noise_loss_fwd(model_out, *args[:-1])
+    return losses.new_empty(()) if args[-1] else losses, torch.empty_like(model_out)
 
 
 def _forward_noise_loss_bwd(
@@ -207,7 +209,7 @@ FAKES = {
     "reverse_step_threshold_fwd": _writes_its_results,
     "forward_noise_fwd": _forward_noise_fwd,
     "forward_noise_loss_fwd": _forward_noise_loss_fwd,
-    "forward_noise_loss_slope_fwd": _forward_noise_loss_slope_fwd,
+    "forward_noise_loss_grad_fwd": _forward_noise_loss_grad_fwd,
     "forward_noise_loss_bwd": _forward_noise_loss_bwd,
     "noise_fwd": _noise_fwd,
 }

@@ -16,11 +16,11 @@ OPS = (
     "reverse_step_threshold_fwd",
     "forward_noise_fwd",
     "forward_noise_loss_fwd",
-    "forward_noise_loss_slope_fwd",
+    "forward_noise_loss_grad_fwd",
     "forward_noise_loss_bwd",
     "noise_fwd",
 )
-CPU_OPS = ("forward_noise_loss_slope_fwd",)  # CUDA tensors have no kernel of it
+CPU_OPS = ("forward_noise_loss_grad_fwd",)  # CUDA tensors have no kernel of it
 # GPUs, by name, where test_clusters (tests/test_group_norm_silu_plan.py) passed;
 # there large contiguous groups take it. No GPU has run it yet: it is compiled, and not taken.
 CLUSTERS: tuple[str, ...] = ()
@@ -239,12 +239,12 @@ def forward_noise_loss_fwd(
     )
 
 
-def forward_noise_loss_slope_fwd(
-    model_out, x0, coeffs, t, weights, seed, step, noise, offset, loss
+def forward_noise_loss_grad_fwd(
+    model_out, x0, coeffs, t, weights, seed, step, noise, offset, loss, mean
 ) -> tuple[Tensor, Tensor]:
-    """As forward_noise_loss_fwd, on the CPU, and the slope of ℓ like model_out: csrc/kernels.h."""
-    return torch.ops.engine.forward_noise_loss_slope_fwd.default(
-        model_out, x0, coeffs, t, weights, seed, step, noise, offset, loss
+    """As forward_noise_loss_fwd, on the CPU, or its mean (), and the gradient like model_out."""
+    return torch.ops.engine.forward_noise_loss_grad_fwd.default(
+        model_out, x0, coeffs, t, weights, seed, step, noise, offset, loss, mean
     )
 
 

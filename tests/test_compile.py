@@ -234,9 +234,9 @@ def opcheck_arguments(op: str):
             (last, x, quads, t, None, None, None, x, 0, 2),
             (x, x, quads, t, stats[0][0], seed, step, None, 0, 0),
         ],
-        "forward_noise_loss_slope_fwd": [
-            (last, x, quads, t, None, None, None, x, 0, 2),
-            (x, x, quads, t, stats[0][0], seed, step, None, 0, 0),
+        "forward_noise_loss_grad_fwd": [
+            (last, x, quads, t, None, None, None, x, 0, 2, True),
+            (x, x, quads, t, stats[0][0], seed, step, None, 0, 0, False),
         ],
         "forward_noise_loss_bwd": [
             (stats[0][0], last, x, quads, t, None, None, None, x, 0, 2),

@@ -1,8 +1,8 @@
 // The forward process on the CPU: x_t = a x0 + b eps, and the loss between a network's output and
 // target = p x0 + q eps, with (a, b, p, q) = coeffs[t[n]] and eps drawn where it is used.
 //
-// Forward of the loss: loss[n] = weights[n] / M * sum l(model_out - target), and on request the
-// slope of l, in one pass: here, unlike on a GPU, a second draw costs more than memory. Backward
+// Forward of the loss: loss[n] = weights[n] / M * sum l(model_out - target), and on request its
+// gradient, in one pass: here, unlike on a GPU, a second draw costs more than memory. Backward
 // without it: dmodel_out = dloss[n] * weights[n] / M * l'(model_out - target), eps drawn again.
 // Parallel: over chunks of 2048 elements of a sample in the contiguous order that numbers the
 // noise. Chunk sums are added in order: the same bits from any number of threads.
@@ -48,26 +48,31 @@ void forward_noise_fwd_cpu(const ForwardNoise& p, void* x_t, DType dtype, bool c
 }
 
 void forward_noise_loss_fwd_cpu(const ForwardNoise& p, const ForwardNoiseLoss& l, double* workspace,
-                                float* loss, void* slope, const ParallelFor& parallel_for) {
+                                float* loss, bool mean, void* grad,
+                                const ParallelFor& parallel_for) {
   const int64_t chunks = forward_noise_chunks(p);
+  const float share = mean ? 1.0f / static_cast<float>(p.N) : 1.0f;
   on_chunks(p, parallel_for,
             [&](const ForwardNoiseLoops& loops, int64_t n, int64_t begin, int64_t end, int64_t i) {
-              workspace[i] = loops.loss(p, l, n, begin, end, slope);
+              workspace[i] = loops.loss(p, l, n, begin, end, share * weight_of(p, l, n), grad);
             });
+  double all = 0;
   for (int64_t n = 0; n < p.N; ++n) {
     double total = 0;
     for (int64_t k = 0; k < chunks; ++k) total += workspace[n * chunks + k];
-    loss[n] = static_cast<float>(total * weight_of(p, l, n));
+    total *= weight_of(p, l, n);
+    if (!mean) loss[n] = static_cast<float>(total);
+    all += total;
   }
+  if (mean) *loss = static_cast<float>(all / static_cast<double>(p.N));
 }
 
 void forward_noise_loss_bwd_cpu(const ForwardNoise& p, const ForwardNoiseLoss& l,
                                 const float* dloss, void* dmodel_out,
                                 const ParallelFor& parallel_for) {
-  const float twice = l.loss == Loss::l2 ? 2.0f : 1.0f;
   on_chunks(p, parallel_for,
             [&](const ForwardNoiseLoops& loops, int64_t n, int64_t begin, int64_t end, int64_t) {
-              loops.grad(p, l, n, begin, end, twice * dloss[n] * weight_of(p, l, n), dmodel_out);
+              loops.grad(p, l, n, begin, end, dloss[n] * weight_of(p, l, n), dmodel_out);
             });
 }
 

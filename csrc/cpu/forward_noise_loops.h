@@ -112,15 +112,15 @@ static void residuals(float* to, const ForwardNoise& p, const ForwardNoiseLoss& 
   }
 }
 
-// What kernels.h calls the slope of l at r.
+// l' at r
 ENGINE_INLINE F slope_of(F r, Loss loss) {
   if (loss == Loss::l1) return r > 0.0f ? set1(1) : r < 0.0f ? set1(-1) : r;
   if (loss == Loss::huber) return r > 1.0f ? set1(1) : r < -1.0f ? set1(-1) : r;
-  return r;
+  return r + r;
 }
 
 static double forward_noise_loss(const ForwardNoise& p, const ForwardNoiseLoss& l, int64_t n,
-                                 int64_t begin, int64_t end, void* slope) {
+                                 int64_t begin, int64_t end, float scale, void* grad) {
   float r[kRoom];
   const int64_t count = end - begin;
   residuals(r, p, l, n, begin, end);
@@ -135,9 +135,9 @@ static double forward_noise_loss(const ForwardNoise& p, const ForwardNoiseLoss& 
     } else {
       sums = sums + (size < 1.0f ? 0.5f * v * v : size - 0.5f);
     }
-    store(r + i, slope_of(v, l.loss));
+    store(r + i, scale * slope_of(v, l.loss));
   }
-  if (slope) write_any(slope, r, l.dtype, l.channels_last, p, n, begin, end);
+  if (grad) write_any(grad, r, l.dtype, l.channels_last, p, n, begin, end);
   return sum(sums);
 }
 

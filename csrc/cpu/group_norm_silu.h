@@ -47,10 +47,10 @@ struct GroupNormGradLoops {
 
   void (*to_float)(float* to, const void* from, DType dtype, int64_t n);
 
-  // out[3 * row + k] += sums of (dv, dv * d, d), the last of them if with_x
+  // out[k * out_row + row] += sums of (dv, dv * d, d), the last of them if with_x
   void (*slab_sums)(const void* x, const void* dy, int64_t i0, int64_t i1, int64_t S,
                     const float* t, const float* a, const float* b, bool silu, bool with_x,
-                    double* out, float* dv, int64_t dv_row);
+                    double* out, int64_t out_row, float* dv, int64_t dv_row);
   // dx <- dv * a - (d * r + q)
   void (*slab_apply)(const void* x, const void* dy, void* dx, int64_t i0, int64_t i1, int64_t S,
                      const float* t, const float* a, const float* b, const float* q, const float* r,

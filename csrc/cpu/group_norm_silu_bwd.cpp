@@ -7,6 +7,7 @@
 // buffer of one unit per thread (4 bytes per element, in L2) unless the unit is too large for that.
 // Parallel: as the forward. Fixed order of sums, one writer per value.
 // Bound: 3 elements of x's dtype per element from memory; in 16-bit types arithmetic.
+#include <algorithm>
 #include <vector>
 
 #include "group_norm_silu.h"
@@ -148,8 +149,8 @@ class Backward {
     if (p_.channels_last) return;
     cut_.on_halves(xs, begin, end, [&](const Half& x, int64_t i0, int64_t i1) {
       const Kept dv = kept(x, dxs.both[&x - xs.both], 0, buffer);
-      loops_.slab_sums(x.data, dy, i0, i1, p_.S, s.t, s.a, s.b, p_.silu, with_x_, out, dv.dv,
-                       dv.row);
+      loops_.slab_sums(x.data, dy, i0, i1, p_.S, s.t, s.a, s.b, p_.silu, with_x_, out,
+                       cut_.channels, dv.dv, dv.row);
     });
   }
 
@@ -159,35 +160,34 @@ class Backward {
       for (int64_t i = 0; i < width_; ++i) sums[i] += sums[k * width_ + i];
     }
     const int64_t D = p_.C / p_.G, first = cut_.sample(unit) * p_.C + cut_.first_channel(unit);
-    const int64_t row = p_.channels_last ? 1 : 3, column = p_.channels_last ? p_.C : 1;
-    const double M = static_cast<double>(D) * p_.S;
+    double *A = sums, *B = sums + cut_.channels, *X = sums + 2 * cut_.channels;
+    const double per_element = 1 / (static_cast<double>(D) * p_.S);
     for (int64_t g = 0; g < cut_.groups; ++g) {
-      const int64_t group = unit * cut_.groups + g;
-      const double mean = mean_[group], rstd = rstd_[group];
-      double S1 = 0, S2 = 0, rest = s.rest(g * D, mean);
-      for (int64_t c = g * D; c < (g + 1) * D; ++c) {
-        double* abx = sums + c * row;
-        if (!s.alike) rest = s.rest(c, mean);
-        const double A = abx[0], B = single_ ? 0 : rstd * (abx[column] + rest * A);
-        abx[column] = B;
-        if (with_x_) abx[2 * column] = single_ ? 0 : rstd * (abx[2 * column] + rest * p_.S);
-        S1 += s.gain[c] * A;
-        S2 += s.gain[c] * B;
-        A_[first + c] = static_cast<float>(A);
-        B_[first + c] = static_cast<float>(B);
-        if (grads_.dshift) grads_.dshift[first + c] = static_cast<float>(A);
-        if (grads_.dscale) {
-          grads_.dscale[first + c] = static_cast<float>(s.weight[c] * B + s.bias[c] * A);
-        }
+      const int64_t group = unit * cut_.groups + g, begin = g * D, end = begin + D;
+      const double mean = mean_[group], rstd = single_ ? 0 : rstd_[group];
+      for (int64_t c = begin; c < end; ++c) {
+        const double rest = s.rest(s.alike ? begin : c, mean);
+        B[c] = rstd * (B[c] + rest * A[c]);
+        if (with_x_) X[c] = rstd * (X[c] + rest * p_.S);
       }
-      group_sums_[2 * group] = S1 / M;
-      group_sums_[2 * group + 1] = S2 / M;
-      if (grads_.dadd == nullptr) continue;
-      for (int64_t c = g * D; c < (g + 1) * D; ++c) {
-        const double A = sums[c * row], X = sums[c * row + 2 * column];
+      double S1 = 0, S2 = 0;
+      for (int64_t c = begin; c < end; ++c) S1 += s.gain[c] * A[c], S2 += s.gain[c] * B[c];
+      S1 *= per_element, S2 *= per_element;
+      group_sums_[2 * group] = S1;
+      group_sums_[2 * group + 1] = S2;
+      for (int64_t c = begin; grads_.dadd && c < end; ++c) {
         grads_.dadd[first + c] =
-            static_cast<float>(rstd * (s.gain[c] * A - (p_.S * S1 + X * S2) / M));
+            static_cast<float>(rstd * (s.gain[c] * A[c] - (p_.S * S1 + X[c] * S2)));
       }
+    }
+    float *to_A = A_ + first, *to_B = B_ + first;
+    for (int64_t c = 0; c < cut_.channels; ++c) {
+      to_A[c] = static_cast<float>(A[c]);
+      to_B[c] = static_cast<float>(B[c]);
+    }
+    if (grads_.dshift) std::copy(to_A, to_A + cut_.channels, grads_.dshift + first);
+    for (int64_t c = 0; grads_.dscale && c < cut_.channels; ++c) {
+      grads_.dscale[first + c] = static_cast<float>(s.weight[c] * B[c] + s.bias[c] * A[c]);
     }
   }
 

@@ -31,42 +31,40 @@ ENGINE_INLINE Pair kept_dv(const float* dv, int64_t n) {
 
 // ---- Contiguous ---------------------------------------------------------------------------------
 
-// Rows of one vector, as 4 x 4 pictures have: two at a time, or each would wait for its own chain.
+// Rows of one vector, as 4 x 4 pictures have: four at a time, or each would wait for its own chain.
+// Each row is here as a whole, so its sums are set, not added to.
 template <class T, bool kSilu, bool kX>
 void slab_sums_vectors(const T* x, const T* dy, int64_t row, int64_t end, const float* t,
-                       const float* a, const float* b, double* out, float* dv_rows,
+                       const float* a, const float* b, double* out, int64_t out_row, float* dv_rows,
                        int64_t dv_row) {
-  for (; row < end; row += 2) {
-    const int64_t next = row + 1 < end ? row + 1 : row;  // an odd last row is its own partner
-    const Pair d{load(x + row * W) + set1(t[row]), load(x + next * W) + set1(t[next])};
-    const Pair gain{set1(a[row]), set1(a[next])}, bias{set1(b[row]), set1(b[next])};
-    const Pair dv =
-        gradient<T, kSilu>(fma(d, gain, bias), Pair{load(dy + row * W), load(dy + next * W)});
-    if (kSilu && dv_rows) {
-      write(dv_rows + row * dv_row, dv.a);
-      write(dv_rows + next * dv_row, dv.b);
+  for (; row < end; row += 4) {
+    const int64_t n = end - row < 4 ? end - row : 4;
+    F d[4], dv[4];
+    ENGINE_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      const int64_t i = row + (k < n ? k : 0);  // what is not there is the first once more
+      d[k] = load(x + i * W) + set1(t[i]);
+      dv[k] = load(dy + i * W);
+      if constexpr (kSilu) dv[k] = silu_gradient<T>(fma(d[k], set1(a[i]), set1(b[i])), dv[k]);
+      if (kSilu && dv_rows) write(dv_rows + i * dv_row, dv[k]);
     }
-    const Two sum0 = sum_two(dv.a, dv.b), sum1 = sum_two(dv.a * d.a, dv.b * d.b);
-    out[3 * row] += sum0.a;
-    out[3 * row + 1] += sum1.a;
-    if (next > row) {
-      out[3 * next] += sum0.b;
-      out[3 * next + 1] += sum1.b;
-    }
-    if constexpr (kX) {
-      const Two sum2 = sum_two(d.a, d.b);
-      out[3 * row + 2] += sum2.a;
-      if (next > row) out[3 * next + 2] += sum2.b;
+    double sums[3][4];
+    sum_four(dv[0], dv[1], dv[2], dv[3], sums[0]);
+    sum_four(dv[0] * d[0], dv[1] * d[1], dv[2] * d[2], dv[3] * d[3], sums[1]);
+    if constexpr (kX) sum_four(d[0], d[1], d[2], d[3], sums[2]);
+    for (int k = 0; k < (kX ? 3 : 2); ++k) {
+      __builtin_memcpy(out + k * out_row + row, sums[k], n * sizeof(double));
     }
   }
 }
 
 template <class T, bool kSilu, bool kX>
 void slab_sums(const T* x, const T* dy, int64_t i0, int64_t i1, int64_t S, const float* t,
-               const float* a, const float* b, double* out, float* dv_rows, int64_t dv_row) {
+               const float* a, const float* b, double* out, int64_t out_row, float* dv_rows,
+               int64_t dv_row) {
   if (S == W) {
     const int64_t row = i0 / W, end = i1 / W;
-    return slab_sums_vectors<T, kSilu, kX>(x, dy, row, end, t, a, b, out, dv_rows, dv_row);
+    return slab_sums_vectors<T, kSilu, kX>(x, dy, row, end, t, a, b, out, out_row, dv_rows, dv_row);
   }
   for (int64_t row = i0 / S; i0 < i1; ++row) {
     const Pair shift = set2(t[row]), gain = set2(a[row]), bias = set2(b[row]);
@@ -94,19 +92,20 @@ void slab_sums(const T* x, const T* dy, int64_t i0, int64_t i1, int64_t S, const
       }
       i0 = end;
       const Two totals = sum_two(sum0.a + sum0.b, sum1.a + sum1.b);
-      out[3 * row] += totals.a;
-      out[3 * row + 1] += totals.b;
-      if constexpr (kX) out[3 * row + 2] += total(sum2);
+      out[row] += totals.a;
+      out[out_row + row] += totals.b;
+      if constexpr (kX) out[2 * out_row + row] += total(sum2);
     }
   }
 }
 template <class T>
 void slab_sums(const void* x, const void* dy, int64_t i0, int64_t i1, int64_t S, const float* t,
-               const float* a, const float* b, bool silu, bool with_x, double* out, float* dv,
-               int64_t dv_row) {
+               const float* a, const float* b, bool silu, bool with_x, double* out, int64_t out_row,
+               float* dv, int64_t dv_row) {
   const auto run = silu ? (with_x ? slab_sums<T, true, true> : slab_sums<T, true, false>)
                         : (with_x ? slab_sums<T, false, true> : slab_sums<T, false, false>);
-  run(static_cast<const T*>(x), static_cast<const T*>(dy), i0, i1, S, t, a, b, out, dv, dv_row);
+  run(static_cast<const T*>(x), static_cast<const T*>(dy), i0, i1, S, t, a, b, out, out_row, dv,
+      dv_row);
 }
 
 template <class T, Dv kDv>

@@ -94,6 +94,27 @@ ENGINE_INLINE Two sum_two(F a, F b) {
 #endif
 }
 
+// Four sums at once, in double.
+ENGINE_INLINE void sum_four(F a, F b, F c, F d, double* out) {
+#if ENGINE_LEVEL == 2
+  const __m512 p = (__m512)a, q = (__m512)b, r = (__m512)c, s = (__m512)d;
+  const __m512 pq =
+      _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x44), _mm512_shuffle_f32x4(p, q, 0xEE));
+  const __m512 rs =
+      _mm512_add_ps(_mm512_shuffle_f32x4(r, s, 0x44), _mm512_shuffle_f32x4(r, s, 0xEE));
+  __m512 all =  // 4 lanes of each
+      _mm512_add_ps(_mm512_shuffle_f32x4(pq, rs, 0x88), _mm512_shuffle_f32x4(pq, rs, 0xDD));
+  all = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4E));
+  all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xB1));
+  const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  const __m128 sums = _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, all));
+  _mm256_storeu_pd(out, _mm256_cvtps_pd(sums));
+#else
+  const Two ab = sum_two(a, b), cd = sum_two(c, d);
+  out[0] = ab.a, out[1] = ab.b, out[2] = cd.a, out[3] = cd.b;
+#endif
+}
+
 // ---- W elements in natural order ----------------------------------------------------------------
 
 #if ENGINE_LEVEL == 2
