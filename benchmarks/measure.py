@@ -16,16 +16,26 @@ def _once(function: Callable) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(functions: list[Callable]) -> list[list[float]]:
-    """All timings of each function in seconds, taken in turns A B A B, so that drift hits both."""
-    for function in functions:
+def in_turns(
+    functions: list[Callable], before: list[Callable | None] | None = None
+) -> list[list[float]]:
+    """All timings of each function in seconds, taken in turns A B A B, so that drift hits both.
+
+    before: what runs, untimed, ahead of each timed call of its function.
+    """
+    before = before or [None] * len(functions)
+    for function, prepare in zip(functions, before, strict=True):
+        if prepare:
+            prepare()
         end = time.perf_counter() + WARMUP_S
         while time.perf_counter() < end:
             function()
     times: list[list[float]] = [[] for _ in functions]
     end = time.perf_counter() + TIMED_S * len(functions)
     while time.perf_counter() < end or len(times[0]) < MIN_ROUNDS:
-        for taken, function in zip(times, functions, strict=True):
+        for taken, function, prepare in zip(times, functions, before, strict=True):
+            if prepare:
+                prepare()
             taken.append(_once(function))
     return times
 
@@ -39,20 +49,27 @@ def copy_rate(megabytes: int = 256) -> float:
     return 2 * source.numel() * 4 / seconds
 
 
-def compare(benchmark, functions: dict[str, Callable], useful_bytes: int, calls: int = 1) -> None:
+def compare(
+    benchmark,
+    functions: dict[str, Callable],
+    useful_bytes: int,
+    calls: int = 1,
+    before: dict[str, Callable] | None = None,
+) -> None:
     """Times `ours` against each of the others and leaves medians, ratios, bandwidth in the JSON.
 
     Each ratio comes from a pair timed in turns: a third function in the turn would leave its own
     cache, heap and thread state to the next. `ours` is reported from the turn with eager.
     useful_bytes: what any implementation must read and write once. calls: how often a function does
-    the work; times are of one.
+    the work; times are of one. before: what runs, untimed, ahead of each timed call.
     """
+    before = before or {}
     ours = functions["ours"]
     median_us, speedup = {}, {}
     for name, other in functions.items():
         if name == "ours":
             continue
-        mine, theirs = in_turns([ours, other])
+        mine, theirs = in_turns([ours, other], [before.get("ours"), before.get(name)])
         speedup[name] = round(statistics.median(theirs) / statistics.median(mine), 3)
         median_us[name] = round(statistics.median(theirs) / calls * 1e6, 2)
         if "ours" not in median_us:
