@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import emulation
+import native_build
 import numpy as np
 import proof
 import pytest
@@ -179,3 +180,20 @@ def pytest_terminal_summary(terminalreporter) -> None:
     if path:
         with open(path, "w") as file:
             json.dump(dict(_ran), file)
+
+
+@pytest.fixture
+def built():
+    """The CPU kernels as a NumPy module."""
+    return native_build.load()
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["baseline", "avx2", "avx512"])
+def kernels(built, request):
+    """The same on one instruction set."""
+    built.limit_isa_level(request.param)
+    if built.isa_level() != request.param:
+        built.limit_isa_level(2)
+        pytest.skip("this machine has no such instructions")
+    yield built
+    built.limit_isa_level(2)

@@ -1,5 +1,5 @@
 // The CPU kernels on NumPy arrays, without torch: a small pybind11 module for
-// tests/test_native_module.py. bfloat16 arrays are uint16 bit patterns.
+// tests/native_build.py. bfloat16 arrays are uint16 bit patterns.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

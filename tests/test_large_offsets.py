@@ -17,9 +17,9 @@ HERE = Path(__file__).resolve().parent
 
 def native_library() -> Path:
     pytest.importorskip("pybind11")
-    import test_native_module
+    import native_build
 
-    return test_native_module.build()
+    return native_build.build()
 
 
 def no_library() -> str:

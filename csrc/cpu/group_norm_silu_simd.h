@@ -1,4 +1,5 @@
 // What the forward and the backward loops of GroupNorm share, for one instruction set.
+#include "sigmoid_simd.h"
 
 // Sums that a vector of floats collects are handed on to doubles after this many terms per lane.
 // Equal terms round alike: after 128 of them rstd of an input of two values was off by 1.4e-6.
