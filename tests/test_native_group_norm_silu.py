@@ -1,4 +1,4 @@
-"""GroupNorm on the CPU through NumPy alone: hypothesis against float64, on every instruction set."""
+"""GroupNorm on the CPU through NumPy alone: float64 against every instruction set."""
 
 import numpy as np
 import pytest
