@@ -244,6 +244,26 @@ def test_a_variance_of_beta_costs_what_it_says():
     assert torch.allclose(found, 0.5 * (ratio.log() + 1 / ratio - 1) * BITS, rtol=1e-10)
 
 
+@pytest.mark.parametrize("prediction, variance", [("x0", "small"), ("eps", "learned_range")])
+@pytest.mark.parametrize("name, steps", [("linear", 1000), ("cosine", "250,200")])
+def test_coin_flips_cost_one_bit(prediction, variance, name, steps):
+    """For pixels ±1, x̂_0 = E[x_0|x_t] = tanh(√ᾱ x_t/(1−ᾱ)) is the best that there is, and the
+    terms beside the decoder's add up to the entropy: ½ ∫ E(x_0 − x̂_0)² dSNR (Guo et al. 2005)."""
+    whole = process(name, prediction=prediction, variance=variance)
+    g = torch.Generator().manual_seed(0)
+    x0 = torch.randint(2, (2, 1, 48, 48), generator=g) * 2.0 - 1
+
+    def model(x, t):
+        a = whole.alpha_bar.float()[t].reshape(-1, 1, 1, 1)
+        x0_hat = torch.tanh(a.sqrt() * x / (1 - a))
+        out = x0_hat if prediction == "x0" else (x - a.sqrt() * x0_hat) / (1 - a).sqrt()
+        return torch.cat([out, -torch.ones_like(x)], 1) if variance == "learned_range" else out
+
+    found = whole.respaced(steps).bits_per_dim(model, x0)
+    entropy = (found.total - found.vb[:, 0]).mean().item()
+    assert entropy == pytest.approx(1, abs=0.03)  # 4608 draws of x_t per step
+
+
 def curved(x, t):
     return 0.5 * x + (0.01 * t).reshape(-1, *[1] * (x.dim() - 1)).sin()
 
