@@ -329,6 +329,20 @@ def test_a_learned_variance_in_bfloat16_is_read_in_float32():
     assert torch.equal(found, process.loss(lambda x, t: low.float(), x0, t=t, noise=noise))
 
 
+def test_the_bound_compiles_whole():
+    """Dynamo alone: no graph break, the same bits; t = 0 among the steps."""
+    x0, _, t, out = outputs()
+    part = learned("hybrid").respaced("100,50")
+    t = t.clamp(max=149)
+
+    def loss(x0, t, key):
+        return part.loss(lambda x, t: out * (1 + x[:, :1]), x0, t=t, key=key, step=2)
+
+    key = torch.tensor(4)
+    found = torch.compile(loss, fullgraph=True, backend="eager")(x0, t, key)
+    assert torch.equal(found, loss(x0, t, key))
+
+
 # --- respaced -----------------------------------------------------------------------------------
 
 
