@@ -232,7 +232,7 @@ class Diffusion:
 
         t > 0: KL(q(x_{t−1}|x_t, x_0) ‖ p(x_{t−1}|x_t)) (Ho et al. 2020, eq. 5). Both means are the
         posterior's, of x_0 and of x̂_0, so in units of its deviation √β̃_t they differ by
-        √(SNR_{t−1} − SNR_t) (x_0 − x̂_0), SNR = ᾱ/(1−ᾱ) (Kingma et al. 2021, eq. 14), and a KL does
+        √(SNR_{t−1} − SNR_t) (x_0 − x̂_0), SNR = ᾱ/(1−ᾱ) (Kingma et al. 2021), and a KL does
         not depend on the unit: x_t cancels, and with it most of the rounding.
         t = 0: −log p(x_0|x_1) of 8-bit values (eq. 13), with mean x̂_0 and β̃_1 for β̃_0 = 0.
         Float32 inside, or float64 for float64 x0.
