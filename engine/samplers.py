@@ -22,9 +22,9 @@ SAMPLERS = ("ddpm", "ddim", "dpm++")
 
 
 def coefficients(
-    diffusion: Diffusion, sampler: str = "ddpm", steps: int | None = None, eta: float = 0.0
+    diffusion: Diffusion, sampler: str = "ddpm", steps: int | str | None = None, eta: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """→ t (n,) int64 descending, rows (n, 10) float64, in sampling order; no noise at the last.
+    """→ the model's t (n,) int64 descending, rows (n, 10) float64; no noise in the last.
 
     ddpm   posterior mean and σ_t z, over the kept steps (Ho et al. 2020, alg. 2; skipping as in
            Nichol & Dhariwal 2021, eq. 19). (lo, hi) = (log β̃_t, log β_t) and s = g1 = 1 where the
@@ -73,7 +73,9 @@ def coefficients(
         e = alpha_bar_prev.sqrt() * torch.expm1(-h) * weight
         c = -alpha_bar_prev.sqrt() * torch.expm1(-h) - e
     s = torch.where(torch.arange(len(t)) == 0, 0.0, s)
-    return t.flip(0), torch.stack([a, b, c, d, s, e, g0, g1, lo, hi], dim=1).flip(0)
+    return diffusion.model_steps(t).flip(0), torch.stack(
+        [a, b, c, d, s, e, g0, g1, lo, hi], dim=1
+    ).flip(0)
 
 
 def sample(
@@ -82,7 +84,7 @@ def sample(
     shape: tuple[int, ...],  # (N, C, H, W)
     *,
     sampler: str = "ddpm",
-    steps: int | None = None,
+    steps: int | str | None = None,
     eta: float = 0.0,
     seed: int = 0,
     clip: bool = True,
@@ -99,7 +101,7 @@ def sample(
 
     sampler  "ddpm" (Ho et al. 2020, alg. 2), "ddim" (Song et al. 2021, eq. 12) or "dpm++"
              (DPM-Solver++(2M), Lu et al. 2022, alg. 2)
-    steps    network calls, evenly spaced over T; all T unless given
+    steps    network calls, evenly spaced over T, or text for schedules.respace; all T unless given
     eta      ddim's noise: 0 none, 1 as much as ddpm
     seed     with shape, the whole of the randomness: the same images on every device's noise
     clip     keep each x̂_0 in [−1, 1]
