@@ -63,8 +63,7 @@ struct GroupNormGradLoops {
                        double* out, float* dv, int64_t dv_row);
   void (*columns_apply)(const void* x, const void* dy, void* dx, int64_t rows, int64_t C,
                         int64_t y_row, const float* t, const float* a, const float* b,
-                        const float* q, const float* r, bool silu, const float* dv, int64_t dv_row,
-                        const void* x_ahead, const void* dy_ahead);
+                        const float* q, const float* r, bool silu, const float* dv, int64_t dv_row);
 };
 
 }  // namespace engine

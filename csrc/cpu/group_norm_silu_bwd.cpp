@@ -209,7 +209,9 @@ class Backward {
     const Halves xs = cut_.halves(p_.x, p_.x2, unit),
                  dxs = cut_.halves(grads_.dx, grads_.dx2, unit);
     const char* dy = cut_.unit_of(dy_, unit);
-    more = more && p_.x2 == nullptr;
+    // The processor's own prefetching does better than ours in float32 (by 14 %) and channels last
+    // (by up to 20 %); not so in 16-bit slabs.
+    more = more && p_.x2 == nullptr && p_.dtype != DType::f32;
     const char* x_ahead = more ? cut_.unit_of(p_.x, unit + 1) : nullptr;
     const char* dy_ahead = more ? cut_.unit_of(dy_, unit + 1) : nullptr;
     const int64_t begin = cut_.begin(k), end = cut_.end(k), size = cut_.size;
@@ -219,7 +221,7 @@ class Backward {
       const int64_t c = x.c0, skip = begin * x.width() * size;
       loops_.columns_apply(x.data + skip, dy + cut_.row_bytes(begin) + c * size, dx.data + skip,
                            end - begin, x.width(), p_.C, s.t + c, s.a + c, s.b + c, s.q + c,
-                           s.r + c, p_.silu, dv.dv, dv.row, x_ahead, dy_ahead);
+                           s.r + c, p_.silu, dv.dv, dv.row);
     }
     if (p_.channels_last) return;
     cut_.on_halves(xs, begin, end, [&](const Half& x, int64_t i0, int64_t i1) {

@@ -230,8 +230,7 @@ template <class T, Dv kDv, int K>
 ENGINE_INLINE void columns_grad_block(const T* x, const T* dy, T* dx, int64_t rows, int64_t C,
                                       int64_t y_row, int64_t n, const float* t, const float* a,
                                       const float* b, const float* q, const float* r,
-                                      const float* dvs, int64_t dv_row, const T* x_ahead,
-                                      const T* dy_ahead) {
+                                      const float* dvs, int64_t dv_row) {
   Pair shift[K], gain[K], bias[K], minus_q[K], minus_r[K];
   parameters<T, K>(shift, t, n);
   parameters<T, K>(gain, a, n);
@@ -244,10 +243,6 @@ ENGINE_INLINE void columns_grad_block(const T* x, const T* dy, T* dx, int64_t ro
     ENGINE_UNROLL
     for (int k = 0; k < K; ++k) {
       const int64_t i = s * C + k * W2;
-      if (x_ahead) {
-        prefetch2(x_ahead + i);
-        prefetch2(dy_ahead + i);
-      }
       if constexpr (!std::is_same_v<T, float>) prefetch_store2(dx + i + 8 * C);
       const Pair d = load2_tail(x + i, n) + shift[k];
       const float* kept = dvs ? dvs + s * dv_row + k * W2 : nullptr;
@@ -259,25 +254,22 @@ ENGINE_INLINE void columns_grad_block(const T* x, const T* dy, T* dx, int64_t ro
 template <class T, Dv kDv>
 void columns_grad(const T* x, const T* dy, T* dx, int64_t rows, int64_t C, int64_t y_row,
                   const float* t, const float* a, const float* b, const float* q, const float* r,
-                  const float* dv, int64_t dv_row, const T* x_ahead, const T* dy_ahead) {
+                  const float* dv, int64_t dv_row) {
 #define ENGINE_CALL(K, c, n)                                                                   \
   columns_grad_block<T, kDv, K>(x + c, dy + c, dx + c, rows, C, y_row, n, t + c, a + c, b + c, \
-                                q + c, r + c, dv ? dv + c : nullptr, dv_row,                   \
-                                x_ahead ? x_ahead + c : nullptr,                               \
-                                dy_ahead ? dy_ahead + c : nullptr)
+                                q + c, r + c, dv ? dv + c : nullptr, dv_row)
   ENGINE_COLUMNS(C, kGradBlock, ENGINE_CALL)
 #undef ENGINE_CALL
 }
 template <class T>
 void columns_grad(const void* x, const void* dy, void* dx, int64_t rows, int64_t C, int64_t y_row,
                   const float* t, const float* a, const float* b, const float* q, const float* r,
-                  bool silu, const float* dv, int64_t dv_row, const void* x_ahead,
-                  const void* dy_ahead) {
+                  bool silu, const float* dv, int64_t dv_row) {
   const auto run = !silu ? columns_grad<T, Dv::kIdentity>
                    : dv  ? columns_grad<T, Dv::kStored>
                          : columns_grad<T, Dv::kSilu>;
   run(static_cast<const T*>(x), static_cast<const T*>(dy), static_cast<T*>(dx), rows, C, y_row, t,
-      a, b, q, r, dv, dv_row, static_cast<const T*>(x_ahead), static_cast<const T*>(dy_ahead));
+      a, b, q, r, dv, dv_row);
 }
 
 template <class T>
