@@ -9,9 +9,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from engine.kernels import reference
-from gpu_measure import Case
+from gpu_measure import Case, NotThere
 
-from engine import ops
+from engine import dispatch, ops
 
 GROUPS = 32
 
@@ -51,6 +51,7 @@ HEADLINE = {  # (shape, layout, direction)
     ("ADM256-a", "nhwc", "fwd"),
     ("tiny", "nhwc", "fwd"),
 }
+BLOCKED = ("LSUN-a", "ADM256-a", "ADM256-b", "VAE-a")  # where the cooperative kernel may gain
 AUTOTUNE = "max-autotune-no-cudagraphs"
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -73,6 +74,20 @@ def exact(x, weight, bias, scale=None, shift=None):
 
 def ours(impl, x, weight, bias, scale=None, shift=None):
     return ops.group_norm_silu(x, weight, bias, GROUPS, scale=scale, shift=shift, impl=impl)
+
+
+def blocked(x, weight, bias, scale=None, shift=None):
+    """The cooperative kernel, csrc/cuda/group_norm_silu_blocked.cu, which `auto` does not take."""
+    if not dispatch.module("group_norm_silu", "native").has_cuda():
+        raise NotThere("the extension was built without CUDA")
+    pair = x if isinstance(x, tuple) else (x, None)
+    operands = *pair, weight, bias, None, scale, shift, GROUPS, 1e-5, True
+    try:
+        return torch.ops.engine.group_norm_silu_fwd_blocked.default(*operands, True)[0]
+    except RuntimeError as error:
+        if "a cooperative grid serves" in str(error):
+            raise dispatch.BackendError("groups of this layout do not fit into the L2") from None
+        raise
 
 
 def inputs(device, shape, also, dtype, layout, grad, seed):
@@ -150,6 +165,8 @@ def case(device, name, shape, also, variant, layout, dtype, direction, mode) -> 
     contenders["compile"] = partial(compiled, device, None, prepare)
     if mode == "full":
         contenders["compile-max"] = partial(compiled, device, AUTOTUNE, prepare)
+    if name in BLOCKED and direction == "fwd":  # last: should it hang, the rest is known
+        contenders["blocked"] = partial(prepare, blocked)
     n, c, h, w = shape
     size = n * c * h * w * DTYPES[dtype].itemsize
     label = "-".join(filter(None, (name, variant, layout, dtype)))

@@ -1,4 +1,5 @@
-// Bindings of group_norm_silu: forward, forward by thread-block clusters (CUDA alone), backward.
+// Bindings of group_norm_silu: forward, backward, and, for CUDA alone, forward by thread-block
+// clusters and by a cooperative grid.
 //
 // An empty x and a pair whose halves lie in two layouts are refused here: kernels.h excludes both.
 #include <tuple>
@@ -126,6 +127,33 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_fwd_cluster(
 }
 #endif
 
+#if defined(ENGINE_CUDA) || defined(ENGINE_EMULATE)
+// The same by a cooperative grid; where it does not serve, an error if `strict`.
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_fwd_blocked(
+    const Tensor& x, const OptionalTensor& x2, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& add, const OptionalTensor& scale,
+    const OptionalTensor& shift, int64_t num_groups, double eps, bool silu, bool strict) {
+  const auto p =
+      group_norm_silu_params(x, x2, weight, bias, add, scale, shift, num_groups, eps, silu);
+  Cuda device(x);
+  Tensor y = x2 ? allocate_channels(x, p.C, p.channels_last) : allocate_like(x);
+  Tensor mean = allocate_floats(x, {p.N, p.G}), rstd = allocate_floats(x, {p.N, p.G});
+  OptionalTensor workspace;
+  const auto allocate = [&](int64_t count) {
+    workspace = allocate_floats(x, {count});
+    return floats(*workspace);
+  };
+  const bool served = engine::group_norm_silu_fwd_blocked_cuda(
+      p, y.data_ptr(), floats(mean), floats(rstd), allocate, device.stream);
+  STD_TORCH_CHECK(served || !strict,
+                  "a cooperative grid serves groups larger than a block that fit into the L2");
+  if (!served) {
+    engine::group_norm_silu_fwd_cuda(p, y.data_ptr(), floats(mean), floats(rstd), device.stream);
+  }
+  return {y, mean, rstd};
+}
+#endif
+
 constexpr int64_t kNone[] = {0};  // the size of an absent operand's gradient
 
 template <class Device>
@@ -197,6 +225,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ENGINE_NS, m) {
       "group_norm_silu_fwd_cluster(Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? "
       "add, Tensor? scale, Tensor? shift, int num_groups, float eps, bool silu, bool strict) -> "
       "(Tensor y, Tensor mean, Tensor rstd)");
+  // UNPROVEN, for CUDA tensors alone: csrc/cuda/group_norm_silu_blocked.cu.
+  m.def(
+      "group_norm_silu_fwd_blocked(Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? "
+      "add, Tensor? scale, Tensor? shift, int num_groups, float eps, bool silu, bool strict) -> "
+      "(Tensor y, Tensor mean, Tensor rstd)");
   m.def(
       "group_norm_silu_bwd(Tensor dy, Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? "
       "add, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, int num_groups, bool silu) -> "
@@ -204,11 +237,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ENGINE_NS, m) {
       "dshift)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CPU, m) { register_kernels<OnCpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CPU, m) {
+  register_kernels<OnCpu>(m);
+#ifdef ENGINE_EMULATE
+  m.impl("group_norm_silu_fwd_blocked", TORCH_BOX(&group_norm_silu_fwd_blocked));
+#endif
+}
 #ifdef ENGINE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CUDA, m) {
   register_kernels<Cuda>(m);
   m.impl("group_norm_silu_fwd_cluster", TORCH_BOX(&group_norm_silu_fwd_cluster));
+  m.impl("group_norm_silu_fwd_blocked", TORCH_BOX(&group_norm_silu_fwd_blocked));
 }
 #endif
 

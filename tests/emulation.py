@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emulation"
 HEADER = ROOT / "tests" / "cuda_on_cpu.h"
 OPS = tuple(op for op in native.OPS if op not in native.CPU_OPS)
+OPS += ("group_norm_silu_fwd_blocked",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # -fno-gnu-unique: a second build in the same process must not share the first one's variables.

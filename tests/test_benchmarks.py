@@ -283,12 +283,14 @@ def test_whom_a_failure_takes_the_proof_from():
         return SimpleNamespace(**plain | changes)
 
     case = [("backend", "triton"), ("op", "noise")]
-    clusters = "tests/test_group_norm_silu_plan.py::test_clusters[planes-0]"
+    here = "tests/test_group_norm_silu_plan.py::"
+    clusters, blocked = f"{here}test_clusters[planes-0]", f"{here}test_blocked[waves-0]"
     assert proof.unknown(report()) and proof.unknown(report(user_properties=case[:1]))
     assert not proof.unknown(report(failed=False)) and not proof.unknown(
         report(user_properties=case)
     )
     assert not proof.unknown(report(nodeid=clusters))
+    assert not proof.unknown(report(nodeid=blocked))
     assert proof.unknown(report(nodeid=clusters, when="???"))  # a worker died there
 
 

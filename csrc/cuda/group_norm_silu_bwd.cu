@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   constexpr int VEC = kVector<T>;
   // Of each plane, or of each warp of a plane: A, B, X, gamma A, gamma B.
   ENGINE_SHARED(float, sums, [5][kMaxThreads]);
-  PlanePlace at(p, tile, stage);
+  PlanePlace at(p, tile, block_of(stage));
   const Half<const T> half = half_of_x<T>(p, at.c);
   const int64_t plane = (at.n * half.C + half.c) * p.S;
   const T* x = half.data + plane;
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kSlabThreads, sizeof(T) * VEC == 4 ? 1 : 0)  /
   float* totals = beta + tile.width;                            // (2, width): gamma A, gamma B
   float* group_totals = totals + 2 * tile.width;                // (2, width): S1, S2
   float* buffer = group_totals + 2 * tile.width;                // (rows, stride)
-  const SlabPlace at(p, tile, VEC, stage);
+  const SlabPlace at(p, tile, VEC, block_of(stage));
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int64_t c_thread = at.c_first + at.column * VEC;
   const Half<const T> half = half_of_x<T>(p, c_thread);
