@@ -68,8 +68,9 @@ def group_norm(device, impl) -> None:
     if impl == "native" and device.type == "cuda":
         for dtype, order in product(DTYPES, FORMATS):
             x = torch.randn(2, 16, 128, 130, device=device, dtype=dtype)
-            args = (x.contiguous(memory_format=order), None, *[None] * 5, 2, 1e-5, True, True)
-            torch.ops.engine.group_norm_silu_fwd_blocked(*args)
+            args = (x.contiguous(memory_format=order), None, *[None] * 5)
+            y, *stats = torch.ops.engine.group_norm_silu_fwd_blocked(*args, 2, 1e-5, True, True)
+            torch.ops.engine.group_norm_silu_bwd_blocked(y, *args, *stats, 2, True, True)
 
 
 def diffusion(device, impl) -> None:

@@ -73,6 +73,12 @@ void group_norm_silu_bwd_cuda(const GroupNormSilu& p, const void* dy, bool dy_ch
                               const float* mean, const float* rstd, float* workspace,
                               const GroupNormSiluGrads& grads, void* stream);
 
+// The same by a cooperative launch, as the forward's.
+bool group_norm_silu_bwd_blocked_cuda(const GroupNormSilu& p, const void* dy, bool dy_channels_last,
+                                      const float* mean, const float* rstd, float* workspace,
+                                      const GroupNormSiluGrads& grads, const Allocate& allocate,
+                                      void* stream);
+
 // The noise contract (csrc/philox.h): element i of a contiguous tensor takes the normal number
 // offset + i of (seed, step, stream_id). seed and step are read from memory by the kernel, so that
 // a captured launch can be replayed with other values.

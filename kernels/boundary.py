@@ -143,6 +143,10 @@ def _group_norm_silu_bwd(
     )
 
 
+def _group_norm_silu_bwd_strict(*args):
+    return _group_norm_silu_bwd(*args[:-1])
+
+
 def _attention_fwd(q, k, v, scale):
     out = empty_heads(q, q.shape[2], v.shape[3])
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -199,6 +203,7 @@ FAKES = {
     "group_norm_silu_fwd_cluster": _group_norm_silu_fwd_strict,
     "group_norm_silu_fwd_blocked": _group_norm_silu_fwd_strict,
     "group_norm_silu_bwd": _group_norm_silu_bwd,
+    "group_norm_silu_bwd_blocked": _group_norm_silu_bwd_strict,
     "attention_fwd": _attention_fwd,
     "attention_bwd": _attention_bwd,
     "attention_qkv_fwd": _attention_qkv_fwd,

@@ -26,6 +26,7 @@ CPU_OPS = ("forward_noise_loss_slope_fwd",)  # CUDA tensors have no kernel of it
 CLUSTERS: tuple[str, ...] = ()
 # The same of test_blocked and the cooperative kernel, for groups that a cluster does not hold.
 BLOCKED: tuple[str, ...] = ()
+BLOCKED_OPS = ("group_norm_silu_fwd_blocked", "group_norm_silu_bwd_blocked")
 CLUSTER_BYTES = 8 * 48 * 1024  # of x in the largest group: csrc/cuda/group_norm_silu_cluster.cu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BUILD = "pip install -e . --no-build-isolation"
@@ -49,7 +50,7 @@ def _load() -> str | None:
         except (OSError, RuntimeError) as error:
             failures.append(f"{path} does not load ({error.__cause__ or error})")
             continue
-        register_fakes(NATIVE, (*OPS, "group_norm_silu_fwd_cluster", "group_norm_silu_fwd_blocked"))
+        register_fakes(NATIVE, (*OPS, "group_norm_silu_fwd_cluster", *BLOCKED_OPS))
         return None
     found = "; ".join(failures) or "the extension engine/_C is not built"
     return f"{found}: run `make build` or `{BUILD}`"
@@ -130,7 +131,7 @@ def notes(op: str, device: torch.device) -> list[str]:
     """What `explain` adds: kernels that are there and are not taken."""
     if op != "group_norm_silu" or device.type != "cuda":
         return []
-    kernels = "kernel of thread-block clusters", "cooperative kernel that reads x twice from L2"
+    kernels = "kernel of thread-block clusters", "cooperative kernel that reads x again from L2"
     return [
         f"native has a {kernel} for large groups; it is not taken: no test has run it on this "
         "kind of GPU"
@@ -155,9 +156,10 @@ def group_norm_silu_bwd(
 ) -> tuple[
     Tensor, ...
 ]:  # dx, dx2, dweight, dbias, dadd, dscale, dshift; (0,) for an absent operand
-    return torch.ops.engine.group_norm_silu_bwd.default(
-        dy, x, x2, weight, bias, add, scale, shift, mean, rstd, num_groups, silu
-    )
+    args = dy, x, x2, weight, bias, add, scale, shift, mean, rstd, num_groups, silu
+    if BLOCKED and x.is_cuda and _proven(x.device)[1]:
+        return torch.ops.engine.group_norm_silu_bwd_blocked.default(*args, False)
+    return torch.ops.engine.group_norm_silu_bwd.default(*args)
 
 
 def reverse_step_fwd(

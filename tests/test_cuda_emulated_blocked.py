@@ -10,21 +10,35 @@ from test_cuda_emulated import as_layout, check_norm, compile_library, normal
 
 OP = "group_norm_silu"  # poisoned memory, see conftest.py
 L2 = 1 << 20
-SHARE = 8  # of the L2 that one wave takes: kWavesInL2 of csrc/cuda/group_norm_silu_waves.h
+SHARE = 6  # of the L2 that one wave takes: kWavesInL2 of csrc/cuda/group_norm_silu_waves.h
 
 
 @pytest.fixture
 def device():
     """device(blocks, l2, order): blocks that run at once, bytes of L2, seed of the warps' order."""
-    set_device = ctypes.CDLL(str(emulation.build())).cuda_on_cpu_device
+    library = ctypes.CDLL(str(emulation.build())).cuda_on_cpu_device
+
+    def set_device(*wanted):
+        library(*wanted)
+        set_device.last = wanted
+
     yield set_device
-    set_device(2, L2, 0)
+    library(2, L2, 0)
 
 
 @pytest.fixture
-def blocked():
-    op = emulation.backend().group_norm_silu_fwd_blocked
-    return SimpleNamespace(group_norm_silu_fwd=lambda *args: op(*args, True))
+def blocked(device):
+    cuda = emulation.backend()
+
+    def bwd(*args):
+        blocks, l2, order = device.last
+        device(blocks, 2 * l2, order)  # as many waves as the forward: x and dy are read twice
+        return cuda.group_norm_silu_bwd_blocked(*args, True)
+
+    return SimpleNamespace(
+        group_norm_silu_fwd=lambda *args: cuda.group_norm_silu_fwd_blocked(*args, True),
+        group_norm_silu_bwd=bwd,
+    )
 
 
 def l2_for(shape, dtype, waves: int) -> int:
@@ -55,7 +69,7 @@ def test_waves(blocked, device, name, last, on):
     blocks, most, order = DEVICES[on]
     dtype = torch.bfloat16 if blocks == 2 and shape[1] > 900 else torch.float32
     device(blocks, l2_for(shape, dtype, min(most, waves[last])), order)
-    check_norm(blocked, shape, groups, dtype, last, bwd=False)
+    check_norm(blocked, shape, groups, dtype, last, other_dy=blocks == 2)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
@@ -63,8 +77,9 @@ def test_waves(blocked, device, name, last, on):
 def test_half_precision(blocked, device, dtype, last):
     shape = (2, 8, 128, 130)
     device(3, l2_for(shape, dtype, 2), 1)
-    check_norm(blocked, shape, 2, dtype, last, bwd=False)
-    check_norm(blocked, shape, 2, dtype, last, bwd=False, misaligned=True)
+    check_norm(blocked, shape, 2, dtype, last)
+    device(3, l2_for(shape, dtype, 2), 1)
+    check_norm(blocked, shape, 2, dtype, last, misaligned=True)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
@@ -72,7 +87,7 @@ def test_half_precision(blocked, device, dtype, last):
 def test_pairs_with_a_seam_in_a_group(blocked, device, second, last):
     shape = (2, 12, 97, 101)
     device(3, l2_for(shape, torch.float32, 2), 5)
-    check_norm(blocked, shape, 4, torch.float32, last, bwd=False, second=second)
+    check_norm(blocked, shape, 4, torch.float32, last, other_dy=second == 7, second=second)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
@@ -87,11 +102,14 @@ def test_large_mean_and_small_spread(blocked, device, last):
 def test_the_same_bits_on_every_grid(blocked, device, last):
     """The pieces of x do not depend on the blocks that take them, nor on their order in time."""
     x = as_layout(normal(3, 64, 33, 61, seed=1, at=1.0), last)
+    dy = as_layout(normal(3, 64, 33, 61, seed=4), last)
     args = (None, normal(64, seed=2), normal(64, seed=3), *[None] * 3, 4, 1e-5, True)
     found = []
     for blocks, waves, order in ((1, 1, 0), (2, 3, 1), (5, 2, 2), (7, 3, 3), (16, 1, 4)):
         device(blocks, l2_for(x.shape, x.dtype, waves), order)
-        found.append(blocked.group_norm_silu_fwd(x, *args))
+        y, mean, rstd = blocked.group_norm_silu_fwd(x, *args)
+        rest = (None, *args[1:6], mean, rstd, 4, True)
+        found.append((y, mean, rstd, *blocked.group_norm_silu_bwd(dy, x, *rest)))
     for results in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results, found[0], strict=True))
 
@@ -107,7 +125,16 @@ def test_what_it_leaves_to_the_portable_path(device):
         got = cuda.group_norm_silu_fwd_blocked(*args, False)
         expected = cuda.group_norm_silu_fwd(*args)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        args = (expected[0], *args[:-3], *expected[1:], 2, True)
+        with pytest.raises(RuntimeError, match="cooperative grid"):
+            cuda.group_norm_silu_bwd_blocked(*args, True)
+        got, expected = (
+            cuda.group_norm_silu_bwd_blocked(*args, False),
+            cuda.group_norm_silu_bwd(*args),
+        )
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     device(2, l2 + 1, 0)  # one byte more, and a group fits
+    args = (x, None, *[None] * 5, 2, 1e-5, True)
     assert cuda.group_norm_silu_fwd_blocked(*args, True)[0].isfinite().all()
 
 
@@ -115,8 +142,11 @@ def test_what_it_leaves_to_the_portable_path(device):
 def test_opcheck(device, last):
     a, b = (as_layout(normal(1, c, 64, 65, seed=c), last) for c in (5, 7))
     device(2, l2_for((1, 12, 64, 65), a.dtype, 1), 0)
-    op = emulation.backend().group_norm_silu_fwd_blocked
-    torch.library.opcheck(op, (a, b, normal(12, seed=1), *[None] * 4, 1, 1e-5, True, True))
+    cuda, rest = emulation.backend(), (a, b, normal(12, seed=1), *[None] * 4)
+    torch.library.opcheck(cuda.group_norm_silu_fwd_blocked, (*rest, 1, 1e-5, True, True))
+    dy, stats = as_layout(normal(1, 12, 64, 65, seed=2), not last), [torch.rand(1, 1)] * 2
+    device(2, 2 * device.last[1], 0)
+    torch.library.opcheck(cuda.group_norm_silu_bwd_blocked, (dy, *rest, *stats, 1, True, True))
 
 
 # ---- The plan -----------------------------------------------------------------------------------
@@ -174,11 +204,11 @@ def test_the_plan_covers_every_piece_and_keeps_to_the_l2(plan):
 @pytest.mark.parametrize(
     "samples, per_sample, pieces, bytes, expected",
     [
-        (8, 32, 16, MB // 2, (4096, 192, 22, 192)),  # LSUN-a, contiguous
-        (8, 32, 32, MB, (8192, 192, 43, 192)),  # ADM256-a, contiguous
-        (8, 4, 128, 4 * MB, (4096, 128, 32, 128)),  # LSUN-a, channels_last: slabs of 64 bytes
-        (1, 32, 64, 2 * MB, (2048, 192, 11, 192)),  # VAE-a, contiguous
-        (1, 4, 512, 16 * MB, None),  # VAE-a, channels_last
+        (8, 32, 16, MB // 2, (4096, 256, 16, 256)),  # LSUN-a, contiguous
+        (8, 32, 32, MB, (8192, 256, 32, 256)),  # ADM256-a, contiguous
+        (8, 2, 256, 8 * MB, (4096, 256, 16, 256)),  # LSUN-a, channels_last: slabs of 128 bytes
+        (1, 32, 64, 2 * MB, (2048, 256, 8, 256)),  # VAE-a, contiguous
+        (1, 4, 512, 16 * MB, None),  # VAE-a, channels_last, even of 64 bytes
         (1, 1, 24, 3 * MB // 4, (24, 24, 1, 24)),
     ],
 )

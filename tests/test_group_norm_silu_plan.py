@@ -70,8 +70,9 @@ def test_clusters(name, first, dtype):
     check_unproven("group_norm_silu_fwd_cluster", *CLUSTERED[name], first, dtype, "contiguous")
 
 
-BLOCKED = {  # (N, C, H, W), groups: larger than a block; `waves` are 5 to 30 times an H100's L2 / 6
-    "waves": ((5, 64, 260, 256), 16),
+GRADIENTS = ("dx", "dx2", "dweight", "dbias", "dadd", "dscale", "dshift")
+BLOCKED = {  # (N, C, H, W), groups: larger than a block; `waves` are 5 or more of an H100's
+    "waves": ((9, 64, 180, 184), 16),
     "three channels": ((2, 15, 197, 203), 5),
     "one group": ((1, 520, 30, 30), 1),
 }
@@ -84,10 +85,10 @@ BLOCKED = {  # (N, C, H, W), groups: larger than a block; `waves` are 5 to 30 ti
 @pytest.mark.parametrize("name", BLOCKED)
 def test_blocked(name, first, layout, dtype):
     """What BLOCKED of kernels/native.py waits for."""
-    check_unproven("group_norm_silu_fwd_blocked", *BLOCKED[name], first, dtype, layout)
+    check_unproven("group_norm_silu_fwd_blocked", *BLOCKED[name], first, dtype, layout, bwd=True)
 
 
-def check_unproven(op, shape, groups, first, dtype, layout):
+def check_unproven(op, shape, groups, first, dtype, layout, bwd=False):
     """The unproven kernel against the proven one, three times, with the same bits."""
     inputs = make_inputs(shape, dtype, ("add", "scale", "shift"))
     x = inputs.pop("x")
@@ -105,6 +106,21 @@ def check_unproven(op, shape, groups, first, dtype, layout):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
     for again in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
+    if not bwd:
+        return
+    ops = torch.ops.engine
+    for dy_layout in ("contiguous", "channels_last"):
+        dy = as_layout(torch.randn_like(x), dy_layout)
+        args = (dy, *halves, *inputs.values(), *plain[1:], groups, True)
+        proven = ops.group_norm_silu_bwd(*args)
+        found = [ops.group_norm_silu_bwd_blocked(*args, True) for _ in range(3)]
+        for name, a, b in zip(GRADIENTS, found[0], proven, strict=True):
+            if not b.numel():
+                continue
+            allowed = (2 * torch.finfo(b.dtype).eps + 1e-4) * b.abs().max()  # sums in other orders
+            assert ((a - b).abs().max() <= allowed).item(), name
+        for again in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
 
 
 SET = {  # (N, C, S): how bfloat16 in 32 groups is cut on an H100, contiguous and channels_last

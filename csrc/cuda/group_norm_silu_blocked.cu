@@ -1,20 +1,19 @@
-// group_norm_silu, forward, of groups larger than a block: one cooperative launch whose second read
-// of x comes from L2.  Equations: group_norm_silu.cu; arithmetic: group_norm_silu_planes.h and
-// group_norm_silu_slabs.h, shared with it.
+// group_norm_silu, forward, of groups larger than a block: one cooperative launch whose second
+// read of x comes from L2.  Equations: group_norm_silu.cu; arithmetic: group_norm_silu_planes.h
+// and group_norm_silu_slabs.h, shared with it.
 //
 // UNPROVEN: no GPU has run this kernel yet; the emulation runs it with all of its barriers. Nothing
 // takes it but its own op, engine::group_norm_silu_fwd_blocked, until a GPU's name stands in
 // BLOCKED of kernels/native.py.
 //
-// Grid: as many blocks as run at once. x is cut into waves of whole groups
-// (group_norm_silu_waves.h) that stay in L2. In a turn all blocks sum pieces of a wave, a warp each
-// merges the groups of the wave before it, and each block applies the pieces that it summed two
-// turns ago; one barrier of the grid a turn (group_norm_silu_cooperative.h). mean and rstd (N, G)
-// are saved. (count, mean, M2) of a piece has one writer and is merged in a fixed order: the same
-// bits on every run and grid. Bytes per element: x read once, y written once: 4 in bf16, 8 in
-// float32 (group_norm_silu.cu: 6, 12), if the second read hits. Refuses: groups that one block of
-// group_norm_silu.cu holds; groups (of channels_last: slabs of 64 bytes of channels) over an eighth
-// of the L2.
+// Grid: at most as many blocks as run at once. x is cut into waves of whole groups that stay in L2
+// (group_norm_silu_waves.h). In a turn all blocks sum pieces of a wave, a warp each merges groups
+// of the wave before it, and each block applies the pieces that it summed two turns ago; there is
+// one barrier of the grid in a turn (group_norm_silu_cooperative.h). Saved: mean, rstd (N, G).
+// (count, mean, M2) of a piece has one writer, a merge a fixed order: the same bits on every run.
+// Bytes per element: x read once, y written once: 4 in bf16, 8 in float32, if the second read hits
+// (group_norm_silu.cu: 6, 12). Refuses: groups that one block of group_norm_silu.cu holds; groups
+// (of channels_last: slabs of 64 bytes of channels) over a sixth of the L2.
 #include "group_norm_silu_cooperative.h"
 #include "group_norm_silu_slabs.h"
 
@@ -32,8 +31,8 @@ __global__ void __launch_bounds__(kBlockedThreads, 2)
                                               float* partials,  // (N * G, parts, 3)
                                               PlaneTile tile, Waves waves) {
   run_waves(
-      waves, p.G,
-      [&](Stage stage, int64_t i) {
+      p, waves, 1,
+      [&](Stage stage, int i) {
         fwd_planes<T, WHOLE, K, true>(p, y, mean, rstd, partials, tile, stage, i);
       },
       [&](int64_t row) {
@@ -50,8 +49,8 @@ __global__ void __launch_bounds__(kBlockedThreads, 2)
                                              float* partials,  // (N * G, parts, 3)
                                              SlabTile tile, Waves waves) {
   run_waves(
-      waves, p.G,
-      [&](Stage stage, int64_t i) {
+      p, waves, 1,
+      [&](Stage stage, int i) {
         fwd_slabs<T, VEC, K, true>(p, y, mean, rstd, partials, tile, stage, i);
       },
       [&](int64_t row) { merge_row(partials, mean, rstd, row, tile.parts * tile.s_parts, p.eps); });

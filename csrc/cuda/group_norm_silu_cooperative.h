@@ -15,34 +15,38 @@ namespace {
 constexpr int kBlockedThreads = 256;  // of a block: two of them share a processor
 
 // The first group (n * G + g) of a wave.
-__device__ __forceinline__ int64_t first_row(const Waves& waves, int64_t wave, int64_t G) {
+__device__ __forceinline__ int64_t first_row(const GroupNormSilu& p, const Waves& waves, int wave) {
   const int64_t bundle = wave * waves.bundles, n = bundle / waves.per_sample;
-  if (n >= waves.samples) return waves.samples * G;
-  return n * G + bundle % waves.per_sample * waves.groups;
+  if (n >= p.N) return p.N * p.G;
+  return n * p.G + bundle % waves.per_sample * waves.groups;
 }
 
-// Runs piece(stage, i) for all pieces and merge(row) for all groups, by a warp each. In turn t a
-// block sums wave t, merges its share of wave t - 1 and applies wave t - 2. The barrier of the grid
-// stands before the merge: passing it, a block knows that all have summed wave t - 1 and merged
-// wave t - 2. It arrived there a turn earlier, so that it seldom waits.
+// Runs piece(stage, i) for all pieces and merge(j) for the `merges` parts j of every group
+// j / merges, by a warp each. In turn t a block sums wave t, merges its share of wave t - 1 and
+// applies wave t - 2. The barrier of the grid stands before the merge: passing it, a block knows
+// that all have summed wave t - 1 and merged wave t - 2. It arrived there a turn earlier, so that
+// it seldom waits.
 template <typename Pieces, typename Merge>
-__device__ __forceinline__ void run_waves(const Waves& waves, int64_t G, Pieces&& piece,
-                                          Merge&& merge) {
+__device__ __forceinline__ void run_waves(const GroupNormSilu& p, const Waves& waves,
+                                          int64_t merges, Pieces&& piece, Merge&& merge) {
   const auto grid = cooperative_groups::this_grid();
   auto token = decltype(grid.barrier_arrive())();
-  for (int64_t turn = 0; turn < waves.count + 2; ++turn) {
+  const int blocks = gridDim.x;
+  for (int turn = 0; turn < waves.count + 2; ++turn) {
     for (int apply = 0; apply < 2; ++apply) {
       if (apply && turn > 0) {
         grid.barrier_wait(static_cast<decltype(token)&&>(token));
-        const int64_t end = first_row(waves, turn, G);
-        int64_t row = first_row(waves, turn - 1, G) + blockIdx.x + gridDim.x * (threadIdx.x / 32);
-        for (; row < end; row += gridDim.x * (blockDim.x / 32)) merge(row);
+        const int64_t end = first_row(p, waves, turn) * merges;
+        int64_t j = first_row(p, waves, turn - 1) * merges + blockIdx.x;
+        j += blocks * (threadIdx.x / 32);
+        for (; j < end; j += blocks * (blockDim.x / 32)) merge(j);
       }
       if (apply && turn <= waves.count) token = grid.barrier_arrive();
-      const int64_t wave = apply ? turn - 2 : turn;
-      if (wave < 0) continue;
-      const int64_t first = wave * waves.length, end = first + waves.length;
-      for (int64_t i = first + blockIdx.x; i < end && i < waves.pieces; i += gridDim.x) {
+      const int wave = apply ? turn - 2 : turn;
+      if (wave < 0 || wave >= waves.count) continue;
+      const int first = wave * waves.length;
+      const int last = wave + 1 < waves.count ? first + waves.length : waves.pieces;
+      for (int i = first + blockIdx.x; i < last; i += blocks) {
         piece(apply ? Stage::apply : Stage::stats, i);
         __syncthreads();  // the next piece writes to the same shared memory
       }

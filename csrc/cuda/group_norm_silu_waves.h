@@ -20,17 +20,17 @@ struct Bundles {
 };
 
 struct Waves {
-  int64_t pieces;                       // of the tensor
-  int64_t length;                       // pieces in a wave, the last one may be shorter
-  int64_t count;                        // waves
-  int64_t blocks;                       // of the grid
-  int64_t bundles;                      // in a wave
-  int64_t samples, per_sample, groups;  // as in Bundles
+  int32_t pieces;              // of the tensor
+  int32_t length;              // pieces in a wave, the last one may be shorter
+  int32_t count;               // waves
+  int32_t blocks;              // of the grid
+  int64_t bundles;             // in a wave
+  int64_t per_sample, groups;  // as in Bundles
 };
 
-// A block may begin wave k + 2 while another one still applies wave k - 1, and an H100's processors
-// reach half of its L2 directly: so much of a wave stays there until it is read again.
-constexpr int64_t kWavesInL2 = 8;
+// Three waves are alive at a time (summed, merged, applied; a fourth while blocks are apart), and
+// an H100's processors reach half of its L2 directly.
+constexpr int64_t kWavesInL2 = 6;
 
 // Waves are whole bundles, as many as the L2 holds, all of about one size; the grid is such that
 // every block has the same number of pieces of a wave, or one less. False where one bundle is too
@@ -40,12 +40,13 @@ inline bool choose_waves(const Bundles& all, const CooperativeLimits& device, Wa
   const int64_t most = device.l2 / kWavesInL2 / all.bytes;
   if (most < 1 || device.blocks < 1) return false;
   const int64_t bundles = all.samples * all.per_sample;
+  if (bundles * all.pieces > INT32_MAX) return false;
   waves->bundles = ceil_div(bundles, ceil_div(bundles, most));
-  waves->pieces = bundles * all.pieces;
-  waves->length = waves->bundles * all.pieces;
-  waves->count = ceil_div(bundles, waves->bundles);
-  waves->blocks = ceil_div(waves->length, ceil_div(waves->length, device.blocks));
-  waves->samples = all.samples;
+  const int64_t length = waves->bundles * all.pieces;
+  waves->pieces = static_cast<int32_t>(bundles * all.pieces);
+  waves->length = static_cast<int32_t>(length);
+  waves->count = static_cast<int32_t>(ceil_div(bundles, waves->bundles));
+  waves->blocks = static_cast<int32_t>(ceil_div(length, ceil_div(length, device.blocks)));
   waves->per_sample = all.per_sample;
   waves->groups = all.groups;
   return true;
