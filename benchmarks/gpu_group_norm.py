@@ -9,9 +9,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from engine.kernels import reference
-from gpu_measure import Case
+from gpu_measure import Case, NotThere
 
-from engine import ops
+from engine import dispatch, ops
 
 GROUPS = 32
 
@@ -51,6 +51,7 @@ HEADLINE = {  # (shape, layout, direction)
     ("ADM256-a", "nhwc", "fwd"),
     ("tiny", "nhwc", "fwd"),
 }
+BLOCKED = ("LSUN-a", "ADM256-a", "ADM256-b", "VAE-a")  # where the cooperative kernel may gain
 AUTOTUNE = "max-autotune-no-cudagraphs"
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -73,6 +74,42 @@ def exact(x, weight, bias, scale=None, shift=None):
 
 def ours(impl, x, weight, bias, scale=None, shift=None):
     return ops.group_norm_silu(x, weight, bias, GROUPS, scale=scale, shift=shift, impl=impl)
+
+
+def blocked(op, *args):
+    """The cooperative kernels, csrc/cuda/group_norm_silu_*blocked.cu: `auto` does not take them."""
+    if not dispatch.module("group_norm_silu", "native").has_cuda():
+        raise NotThere("the extension was built without CUDA")
+    try:
+        return getattr(torch.ops.engine, f"group_norm_silu_{op}_blocked").default(*args, True)
+    except RuntimeError as error:
+        if "a cooperative grid serves" in str(error):
+            raise dispatch.BackendError("groups of this layout do not fit into the L2") from None
+        raise
+
+
+def blocked_operands(x, weight, bias, scale=None, shift=None):
+    pair = x if isinstance(x, tuple) else (x, None)
+    return *pair, weight, bias, None, scale, shift
+
+
+def blocked_fwd(one):
+    operands = blocked_operands(*one[0])
+    return lambda: blocked("fwd", *operands, GROUPS, 1e-5, True)[0]
+
+
+def blocked_bwd(one):
+    """As `backward`: → the gradients of x (or its halves), weight, bias[, scale, shift]."""
+    operands = [t if t is None else t.detach() for t in blocked_operands(*one[0])]
+    stats = blocked("fwd", *operands, GROUPS, 1e-5, True)[1:]
+
+    def call():
+        dx, dx2, dweight, dbias, _, *rest = blocked("bwd", one[1], *operands, *stats, GROUPS, True)
+        absent = operands[1] is None, False, False, operands[5] is None, operands[6] is None
+        more = zip((dx2, dweight, dbias, *rest), absent, strict=True)
+        return [dx, *(t for t, skip in more if not skip)]
+
+    return call
 
 
 def inputs(device, shape, also, dtype, layout, grad, seed):
@@ -150,6 +187,8 @@ def case(device, name, shape, also, variant, layout, dtype, direction, mode) -> 
     contenders["compile"] = partial(compiled, device, None, prepare)
     if mode == "full":
         contenders["compile-max"] = partial(compiled, device, AUTOTUNE, prepare)
+    if name in BLOCKED and direction != "fwdbwd":  # last: should it hang, the rest is known
+        contenders["blocked"] = blocked_fwd if direction == "fwd" else blocked_bwd
     n, c, h, w = shape
     size = n * c * h * w * DTYPES[dtype].itemsize
     label = "-".join(filter(None, (name, variant, layout, dtype)))

@@ -65,6 +65,12 @@ def group_norm(device, impl) -> None:
         x = torch.randn(2, 8, 64, 64, device=device)  # 128 KB a group: two blocks or more
         args = (x, None, *[None] * 5, 1, 1e-5, True, True)
         torch.ops.engine.group_norm_silu_fwd_cluster(*args)
+    if impl == "native" and device.type == "cuda":
+        for dtype, order in product(DTYPES, FORMATS):
+            x = torch.randn(2, 16, 128, 130, device=device, dtype=dtype)
+            args = (x.contiguous(memory_format=order), None, *[None] * 5)
+            y, *stats = torch.ops.engine.group_norm_silu_fwd_blocked(*args, 2, 1e-5, True, True)
+            torch.ops.engine.group_norm_silu_bwd_blocked(y, *args, *stats, 2, True, True)
 
 
 def diffusion(device, impl) -> None:

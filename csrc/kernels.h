@@ -59,6 +59,12 @@ void group_norm_silu_fwd_cuda(const GroupNormSilu& p, void* y, float* mean, floa
 bool group_norm_silu_fwd_cluster_cuda(const GroupNormSilu& p, void* y, float* mean, float* rstd,
                                       void* stream);
 
+// The same by one cooperative launch that reads x once from memory and once from L2; false as
+// above. allocate: device memory of so many floats, until the stream has done this.
+using Allocate = std::function<float*(int64_t floats)>;
+bool group_norm_silu_fwd_blocked_cuda(const GroupNormSilu& p, void* y, float* mean, float* rstd,
+                                      const Allocate& allocate, void* stream);
+
 // workspace: 3 * N * C float32, sums over S of (du, du * xhat, xhat) per (n, c).
 void group_norm_silu_bwd_cpu(const GroupNormSilu& p, const void* dy, bool dy_channels_last,
                              const float* mean, const float* rstd, float* workspace,
@@ -66,6 +72,12 @@ void group_norm_silu_bwd_cpu(const GroupNormSilu& p, const void* dy, bool dy_cha
 void group_norm_silu_bwd_cuda(const GroupNormSilu& p, const void* dy, bool dy_channels_last,
                               const float* mean, const float* rstd, float* workspace,
                               const GroupNormSiluGrads& grads, void* stream);
+
+// The same by a cooperative launch, as the forward's.
+bool group_norm_silu_bwd_blocked_cuda(const GroupNormSilu& p, const void* dy, bool dy_channels_last,
+                                      const float* mean, const float* rstd, float* workspace,
+                                      const GroupNormSiluGrads& grads, const Allocate& allocate,
+                                      void* stream);
 
 // The noise contract (csrc/philox.h): element i of a contiguous tensor takes the normal number
 // offset + i of (seed, step, stream_id). seed and step are read from memory by the kernel, so that

@@ -1,4 +1,5 @@
-// Bindings of group_norm_silu: forward, forward by thread-block clusters (CUDA alone), backward.
+// Bindings of group_norm_silu: forward, backward, and, for CUDA alone, the forward by thread-block
+// clusters and both by a cooperative grid.
 //
 // An empty x and a pair whose halves lie in two layouts are refused here: kernels.h excludes both.
 #include <tuple>
@@ -126,14 +127,47 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_fwd_cluster(
 }
 #endif
 
+#if defined(ENGINE_CUDA) || defined(ENGINE_EMULATE)
+constexpr const char* kNotBlocked =
+    "a cooperative grid serves groups larger than a block that fit into the L2";
+
+// The same by a cooperative grid; where it does not serve, an error if `strict`.
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_fwd_blocked(
+    const Tensor& x, const OptionalTensor& x2, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& add, const OptionalTensor& scale,
+    const OptionalTensor& shift, int64_t num_groups, double eps, bool silu, bool strict) {
+  const auto p =
+      group_norm_silu_params(x, x2, weight, bias, add, scale, shift, num_groups, eps, silu);
+  Cuda device(x);
+  Tensor y = x2 ? allocate_channels(x, p.C, p.channels_last) : allocate_like(x);
+  Tensor mean = allocate_floats(x, {p.N, p.G}), rstd = allocate_floats(x, {p.N, p.G});
+  OptionalTensor workspace;
+  const auto allocate = [&](int64_t count) {
+    workspace = allocate_floats(x, {count});
+    return floats(*workspace);
+  };
+  const bool served = engine::group_norm_silu_fwd_blocked_cuda(
+      p, y.data_ptr(), floats(mean), floats(rstd), allocate, device.stream);
+  STD_TORCH_CHECK(served || !strict, kNotBlocked);
+  if (!served) {
+    engine::group_norm_silu_fwd_cuda(p, y.data_ptr(), floats(mean), floats(rstd), device.stream);
+  }
+  return {y, mean, rstd};
+}
+#endif
+
 constexpr int64_t kNone[] = {0};  // the size of an absent operand's gradient
 
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(
-    const Tensor& dy, const Tensor& x, const OptionalTensor& x2, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& add, const OptionalTensor& scale,
-    const OptionalTensor& shift, const Tensor& mean, const Tensor& rstd, int64_t num_groups,
-    bool silu) {
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// kernels(device, p, dy_channels_last, workspace, grads) makes them.
+template <class Device, class Kernels>
+Gradients group_norm_silu_gradients(const Tensor& dy, const Tensor& x, const OptionalTensor& x2,
+                                    const OptionalTensor& weight, const OptionalTensor& bias,
+                                    const OptionalTensor& add, const OptionalTensor& scale,
+                                    const OptionalTensor& shift, const Tensor& mean,
+                                    const Tensor& rstd, int64_t num_groups, bool silu,
+                                    Kernels&& kernels) {
   const auto p =
       group_norm_silu_params(x, x2, weight, bias, add, scale, shift, num_groups, 0.0, silu);
   check_device(dy, x, "dy");
@@ -169,15 +203,58 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_si
   grads.dadd = add ? floats(dadd) : nullptr;
   grads.dscale = scale ? floats(dscale) : nullptr;
   grads.dshift = shift ? floats(dshift) : nullptr;
-  if constexpr (Device::is_cpu) {
-    engine::group_norm_silu_bwd_cpu(p, dy.data_ptr(), dy_channels_last, floats(mean), floats(rstd),
-                                    floats(workspace), grads, device.parallel_for());
-  } else {
-    engine::group_norm_silu_bwd_cuda(p, dy.data_ptr(), dy_channels_last, floats(mean), floats(rstd),
-                                     floats(workspace), grads, device.stream);
-  }
+  kernels(device, p, dy_channels_last, floats(workspace), grads);
   return {dx, dx2, dweight, dbias, dadd, dscale, dshift};
 }
+
+template <class Device>
+Gradients group_norm_silu_bwd(const Tensor& dy, const Tensor& x, const OptionalTensor& x2,
+                              const OptionalTensor& weight, const OptionalTensor& bias,
+                              const OptionalTensor& add, const OptionalTensor& scale,
+                              const OptionalTensor& shift, const Tensor& mean, const Tensor& rstd,
+                              int64_t num_groups, bool silu) {
+  const auto kernels = [&](const auto& device, const auto& p, bool dy_channels_last,
+                           float* workspace, const auto& grads) {
+    if constexpr (Device::is_cpu) {
+      engine::group_norm_silu_bwd_cpu(p, dy.data_ptr(), dy_channels_last, floats(mean),
+                                      floats(rstd), workspace, grads, device.parallel_for());
+    } else {
+      engine::group_norm_silu_bwd_cuda(p, dy.data_ptr(), dy_channels_last, floats(mean),
+                                       floats(rstd), workspace, grads, device.stream);
+    }
+  };
+  return group_norm_silu_gradients<Device>(dy, x, x2, weight, bias, add, scale, shift, mean, rstd,
+                                           num_groups, silu, kernels);
+}
+
+#if defined(ENGINE_CUDA) || defined(ENGINE_EMULATE)
+// The same by a cooperative grid; where it does not serve, an error if `strict`.
+Gradients group_norm_silu_bwd_blocked(const Tensor& dy, const Tensor& x, const OptionalTensor& x2,
+                                      const OptionalTensor& weight, const OptionalTensor& bias,
+                                      const OptionalTensor& add, const OptionalTensor& scale,
+                                      const OptionalTensor& shift, const Tensor& mean,
+                                      const Tensor& rstd, int64_t num_groups, bool silu,
+                                      bool strict) {
+  const auto kernels = [&](const Cuda& device, const auto& p, bool dy_channels_last,
+                           float* workspace, const auto& grads) {
+    OptionalTensor pieces;
+    const auto allocate = [&](int64_t count) {
+      pieces = allocate_floats(x, {count});
+      return floats(*pieces);
+    };
+    const bool served = engine::group_norm_silu_bwd_blocked_cuda(
+        p, dy.data_ptr(), dy_channels_last, floats(mean), floats(rstd), workspace, grads, allocate,
+        device.stream);
+    STD_TORCH_CHECK(served || !strict, kNotBlocked);
+    if (!served) {
+      engine::group_norm_silu_bwd_cuda(p, dy.data_ptr(), dy_channels_last, floats(mean),
+                                       floats(rstd), workspace, grads, device.stream);
+    }
+  };
+  return group_norm_silu_gradients<Cuda>(dy, x, x2, weight, bias, add, scale, shift, mean, rstd,
+                                         num_groups, silu, kernels);
+}
+#endif
 
 template <class Device>
 void register_kernels(Library& m) {
@@ -197,18 +274,37 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ENGINE_NS, m) {
       "group_norm_silu_fwd_cluster(Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? "
       "add, Tensor? scale, Tensor? shift, int num_groups, float eps, bool silu, bool strict) -> "
       "(Tensor y, Tensor mean, Tensor rstd)");
+  // UNPROVEN, for CUDA tensors alone: csrc/cuda/group_norm_silu_blocked.cu.
+  m.def(
+      "group_norm_silu_fwd_blocked(Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? "
+      "add, Tensor? scale, Tensor? shift, int num_groups, float eps, bool silu, bool strict) -> "
+      "(Tensor y, Tensor mean, Tensor rstd)");
   m.def(
       "group_norm_silu_bwd(Tensor dy, Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? "
       "add, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, int num_groups, bool silu) -> "
       "(Tensor dx, Tensor dx2, Tensor dweight, Tensor dbias, Tensor dadd, Tensor dscale, Tensor "
       "dshift)");
+  // UNPROVEN, for CUDA tensors alone: csrc/cuda/group_norm_silu_bwd_blocked.cu.
+  m.def(
+      "group_norm_silu_bwd_blocked(Tensor dy, Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, "
+      "Tensor? add, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, int num_groups, bool "
+      "silu, bool strict) -> (Tensor dx, Tensor dx2, Tensor dweight, Tensor dbias, Tensor dadd, "
+      "Tensor dscale, Tensor dshift)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CPU, m) { register_kernels<OnCpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CPU, m) {
+  register_kernels<OnCpu>(m);
+#ifdef ENGINE_EMULATE
+  m.impl("group_norm_silu_fwd_blocked", TORCH_BOX(&group_norm_silu_fwd_blocked));
+  m.impl("group_norm_silu_bwd_blocked", TORCH_BOX(&group_norm_silu_bwd_blocked));
+#endif
+}
 #ifdef ENGINE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CUDA, m) {
   register_kernels<Cuda>(m);
   m.impl("group_norm_silu_fwd_cluster", TORCH_BOX(&group_norm_silu_fwd_cluster));
+  m.impl("group_norm_silu_fwd_blocked", TORCH_BOX(&group_norm_silu_fwd_blocked));
+  m.impl("group_norm_silu_bwd_blocked", TORCH_BOX(&group_norm_silu_bwd_blocked));
 }
 #endif
 

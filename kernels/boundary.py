@@ -122,7 +122,7 @@ def _group_norm_silu_fwd(x, x2, weight, bias, add, scale, shift, num_groups, eps
     )
 
 
-def _group_norm_silu_fwd_cluster(*args):  # and `strict`; a CUDA op of `native` alone
+def _group_norm_silu_fwd_strict(*args):  # and `strict`; CUDA ops of `native` alone
     return _group_norm_silu_fwd(*args[:-1])
 
 
@@ -142,6 +142,10 @@ def _group_norm_silu_bwd(
         grad(scale, n, c),
         grad(shift, n, c),
     )
+
+
+def _group_norm_silu_bwd_strict(*args):
+    return _group_norm_silu_bwd(*args[:-1])
 
 
 def _attention_fwd(q, k, v, scale):
@@ -198,8 +202,10 @@ def _noise_fwd(out, seed, step, stream, offset):
 
 FAKES = {
     "group_norm_silu_fwd": _group_norm_silu_fwd,
-    "group_norm_silu_fwd_cluster": _group_norm_silu_fwd_cluster,
+    "group_norm_silu_fwd_cluster": _group_norm_silu_fwd_strict,
+    "group_norm_silu_fwd_blocked": _group_norm_silu_fwd_strict,
     "group_norm_silu_bwd": _group_norm_silu_bwd,
+    "group_norm_silu_bwd_blocked": _group_norm_silu_bwd_strict,
     "attention_fwd": _attention_fwd,
     "attention_bwd": _attention_bwd,
     "attention_qkv_fwd": _attention_qkv_fwd,

@@ -24,6 +24,10 @@ CPU_OPS = ("forward_noise_loss_grad_fwd",)  # CUDA tensors have no kernel of it
 # GPUs, by name, where test_clusters (tests/test_group_norm_silu_plan.py) passed;
 # there large contiguous groups take it. No GPU has run it yet: it is compiled, and not taken.
 CLUSTERS: tuple[str, ...] = ()
+# The same of test_blocked and the cooperative kernel, for groups that a cluster does not hold.
+BLOCKED: tuple[str, ...] = ()
+BLOCKED_OPS = ("group_norm_silu_fwd_blocked", "group_norm_silu_bwd_blocked")
+CLUSTER_BYTES = 8 * 48 * 1024  # of x in the largest group: csrc/cuda/group_norm_silu_cluster.cu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BUILD = "pip install -e . --no-build-isolation"
 
@@ -46,7 +50,7 @@ def _load() -> str | None:
         except (OSError, RuntimeError) as error:
             failures.append(f"{path} does not load ({error.__cause__ or error})")
             continue
-        register_fakes(NATIVE, (*OPS, "group_norm_silu_fwd_cluster"))
+        register_fakes(NATIVE, (*OPS, "group_norm_silu_fwd_cluster", *BLOCKED_OPS))
         return None
     found = "; ".join(failures) or "the extension engine/_C is not built"
     return f"{found}: run `make build` or `{BUILD}`"
@@ -103,29 +107,36 @@ def group_norm_silu_fwd(
     eps: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # y (N, C, *S) like x; mean, rstd (N, G) float32
-    if CLUSTERS and x.is_cuda and _has_clusters(x.device):
-        return torch.ops.engine.group_norm_silu_fwd_cluster.default(
-            x, x2, weight, bias, add, scale, shift, num_groups, eps, silu, False
-        )
-    return torch.ops.engine.group_norm_silu_fwd.default(
-        x, x2, weight, bias, add, scale, shift, num_groups, eps, silu
-    )
+    args = x, x2, weight, bias, add, scale, shift, num_groups, eps, silu
+    if (CLUSTERS or BLOCKED) and x.is_cuda:
+        clusters, blocked = _proven(x.device)
+        elements = x.numel() + (x2.numel() if x2 is not None else 0)
+        if blocked and elements * x.itemsize > CLUSTER_BYTES * x.shape[0] * num_groups:
+            return torch.ops.engine.group_norm_silu_fwd_blocked.default(*args, False)
+        if clusters:
+            return torch.ops.engine.group_norm_silu_fwd_cluster.default(*args, False)
+    return torch.ops.engine.group_norm_silu_fwd.default(*args)
 
 
-def _has_clusters(device: torch.device) -> bool:
-    return torch.cuda.get_device_name(device) in CLUSTERS
+def _proven(device: torch.device) -> tuple[bool, bool]:
+    """Whether the clusters, and the cooperative kernel, may be taken on this GPU."""
+    name = torch.cuda.get_device_name(device)
+    return name in CLUSTERS, name in BLOCKED
 
 
-_has_clusters._dynamo_marked_constant = True  # as dispatch._constant: no import of Dynamo
+_proven._dynamo_marked_constant = True  # as dispatch._constant: no import of Dynamo
 
 
 def notes(op: str, device: torch.device) -> list[str]:
     """What `explain` adds: kernels that are there and are not taken."""
-    if op != "group_norm_silu" or device.type != "cuda" or _has_clusters(device):
+    if op != "group_norm_silu" or device.type != "cuda":
         return []
+    kernels = "kernel of thread-block clusters", "cooperative kernel that reads x again from L2"
     return [
-        "native has a kernel of thread-block clusters for large groups; it is not taken: no test "
-        "has run it on this kind of GPU"
+        f"native has a {kernel} for large groups; it is not taken: no test has run it on this "
+        "kind of GPU"
+        for kernel, proven in zip(kernels, _proven(device), strict=True)
+        if not proven
     ]
 
 
@@ -145,9 +156,10 @@ def group_norm_silu_bwd(
 ) -> tuple[
     Tensor, ...
 ]:  # dx, dx2, dweight, dbias, dadd, dscale, dshift; (0,) for an absent operand
-    return torch.ops.engine.group_norm_silu_bwd.default(
-        dy, x, x2, weight, bias, add, scale, shift, mean, rstd, num_groups, silu
-    )
+    args = dy, x, x2, weight, bias, add, scale, shift, mean, rstd, num_groups, silu
+    if BLOCKED and x.is_cuda and _proven(x.device)[1]:
+        return torch.ops.engine.group_norm_silu_bwd_blocked.default(*args, False)
+    return torch.ops.engine.group_norm_silu_bwd.default(*args)
 
 
 def reverse_step_fwd(

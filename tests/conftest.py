@@ -45,7 +45,8 @@ def pytest_ignore_collect(collection_path, config) -> bool | None:
     if not config.getoption("--on-device") or not collection_path.name.startswith("test_"):
         return None
     counts = "\nOP = " in collection_path.read_text()
-    return None if counts and collection_path.stem != "test_cuda_emulated" else True
+    emulated = collection_path.stem.startswith("test_cuda_emulated")
+    return None if counts and not emulated else True
 
 
 def backends(op: str) -> list[str]:
@@ -148,7 +149,7 @@ def pytest_itemcollected(item) -> None:
     """Notes back end and op of every case, before a fixture of it can fail."""
     chosen = item.callspec.params if hasattr(item, "callspec") else {}
     backend = chosen.get("backend") or chosen.get("impl_name")
-    if backend is None and item.path.stem == "test_cuda_emulated":
+    if backend is None and item.path.stem.startswith("test_cuda_emulated"):
         backend = EMULATED
     if backend is None or not hasattr(item.module, "OP"):
         return

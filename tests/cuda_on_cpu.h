@@ -1,10 +1,12 @@
 // Runs CUDA kernels on the CPU, for tests: g++ -x c++ -include tests/cuda_on_cpu.h kernel.cu
 //
-// One fiber per CUDA thread, one block after another. A fiber runs until it must wait (for a
-// barrier or a shuffle), then the next one of its warp runs; kernels without barriers are plain
-// loops. Caught here: a barrier or shuffle that not all threads reach, reads of shared memory that
-// nobody wrote (it is all NaN when a block starts), writes past the dynamic shared memory, and
-// launches that a device would refuse. Not modelled: partial masks, streams, races of atomics.
+// One fiber per CUDA thread, one block after another; of a cooperative launch all blocks at once. A
+// fiber runs until it must wait (for a barrier or a shuffle), then the next one of its warp runs;
+// kernels without barriers are plain loops. Caught here: a barrier or shuffle that not all threads
+// reach, reads of shared memory that nobody wrote (it is all NaN when a block starts), writes past
+// the dynamic shared memory, and launches that a device would refuse. Warps take turns in their
+// order, or, to bring a missing barrier to light, in a random one (cuda_on_cpu_device). Not
+// modelled: partial masks, streams, races of atomics, memory that other blocks see late.
 #pragma once
 #define ENGINE_CUDA_ON_CPU 1
 
@@ -19,6 +21,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -51,6 +54,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 namespace cuda_on_cpu {
 
 constexpr size_t kStack = 128 * 1024, kGuard = 64, kSharedLimit = 48 * 1024;
+constexpr unsigned kFibers = 8192;
 
 struct Barrier {
   unsigned arrived = 0, generation = 0;
@@ -62,25 +66,36 @@ struct Warp {
   uint64_t values[2][32];  // two sets: the next exchange may begin while this one is being read
 };
 
+struct Block {
+  dim3 index;
+  Barrier barrier;
+  std::vector<Warp> warps;
+  std::vector<float4> dynamic_shared, static_shared;
+  std::vector<std::pair<const void*, void*>> arrays;  // static shared ones that it has met
+  size_t used = 0;                                    // of static_shared
+};
+
 struct Fiber {
   ucontext_t start;
   jmp_buf where;
   dim3 thread;
+  Block* block = nullptr;
+  unsigned in_block = 0;
   bool started = false, done = true;
   const Barrier* waits_for = nullptr;
   unsigned generation = 0, exchanges = 0;
 };
 
 inline std::vector<Fiber> fibers;
-inline std::vector<Warp> warps;
-inline std::vector<char> dynamic_shared;
-inline std::vector<const void*> poisoned;  // static shared arrays that this block has met
-inline Barrier block_barrier;
+inline std::vector<Block> running;  // the blocks that run now
+inline Barrier grid_barrier;
 inline unsigned current, block_threads;
 inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline std::mutex one_launch_at_a_time;
 inline unsigned ends = 0;  // if not 0: only so many blocks at each end of a grid run
+inline int processors = 2, l2_bytes = 1 << 20;  // of the device; each processor holds one block
+inline uint32_t order = 0;                      // of the warps' turns: 0, or a random number's seed
 
 inline void fiber_main() {
   for (;;) {
@@ -94,23 +109,29 @@ inline void resume(unsigned id) {
   Fiber& fiber = fibers[id];
   current = id;
   threadIdx = fiber.thread;
+  blockIdx = fiber.block->index;
   if (_setjmp(scheduler)) return;
   if (fiber.started) _longjmp(fiber.where, 1);
   fiber.started = true;
   setcontext(&fiber.start);
 }
 
-inline void wait(Barrier& barrier, unsigned expected) {
-  if (++barrier.arrived == expected) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-    return;
-  }
+// → the generation that must end before a wait at the barrier does.
+inline unsigned arrive(Barrier& barrier, unsigned expected) {
+  const unsigned generation = barrier.generation;
+  if (++barrier.arrived == expected) barrier.arrived = 0, ++barrier.generation;
+  return generation;
+}
+
+inline void wait(const Barrier& barrier, unsigned generation) {
+  if (barrier.generation != generation) return;
   Fiber& fiber = fibers[current];
   fiber.waits_for = &barrier;
-  fiber.generation = barrier.generation;
+  fiber.generation = generation;
   if (!_setjmp(fiber.where)) _longjmp(scheduler, 1);
 }
+
+inline void sync(Barrier& barrier, unsigned expected) { wait(barrier, arrive(barrier, expected)); }
 
 inline bool can_run(Fiber& fiber) {
   if (fiber.done || (fiber.waits_for && fiber.waits_for->generation == fiber.generation))
@@ -119,12 +140,21 @@ inline bool can_run(Fiber& fiber) {
   return true;
 }
 
-// The first thread of a block that meets a static shared array fills it with NaN.
-inline void poison_once(void* array, size_t bytes) {
-  for (const void* p : poisoned)
-    if (p == array) return;
+// A block's own copy of a static shared array, which the first thread that meets it fills with NaN.
+inline void* static_array(const void* name, size_t bytes) {
+  Block& block = *fibers[current].block;
+  for (const auto& [known, array] : block.arrays)
+    if (known == name) return array;
+  const size_t size = (bytes + sizeof(float4) - 1) / sizeof(float4);
+  if ((block.used + size) * sizeof(float4) > kSharedLimit) {
+    std::fputs("cuda_on_cpu: more static shared memory than a block has\n", stderr);
+    std::abort();
+  }
+  void* array = block.static_shared.data() + block.used;
+  block.used += size;
   std::memset(array, 0xFF, bytes);
-  poisoned.push_back(array);
+  block.arrays.emplace_back(name, array);
+  return array;
 }
 
 inline void make_fibers(unsigned count) {
@@ -132,7 +162,7 @@ inline void make_fibers(unsigned count) {
   fibers.clear();
   fibers.resize(count);
   static char* stacks =
-      static_cast<char*>(mmap(nullptr, 1024 * kStack, PROT_READ | PROT_WRITE,
+      static_cast<char*>(mmap(nullptr, kFibers * kStack, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   for (unsigned i = 0; i < count; ++i) {
     getcontext(&fibers[i].start);
@@ -142,63 +172,117 @@ inline void make_fibers(unsigned count) {
   }
 }
 
-inline void run_block(size_t shared) {
-  std::memset(dynamic_shared.data(), 0xFF, dynamic_shared.size());
-  poisoned.clear();
-  block_barrier = Barrier();
-  warps.assign((block_threads + 31) / 32, Warp());
+inline void prepare(Block& block, unsigned first, dim3 index, size_t shared) {
+  block.index = index;
+  block.barrier = Barrier();
+  block.warps.assign((block_threads + 31) / 32, Warp());
+  block.dynamic_shared.resize((shared + kGuard) / sizeof(float4) + 1);
+  std::memset(static_cast<void*>(block.dynamic_shared.data()), 0xFF, shared + kGuard);
+  block.static_shared.resize(kSharedLimit / sizeof(float4));
+  block.arrays.clear();
+  block.used = 0;
   for (unsigned i = 0; i < block_threads; ++i) {
-    fibers[i].thread =
-        dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
-    fibers[i].done = false;
-    fibers[i].waits_for = nullptr;
-    fibers[i].exchanges = 0;
-    ++warps[i / 32].lanes;
+    Fiber& fiber = fibers[first + i];
+    fiber.thread = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+    fiber.block = &block;
+    fiber.in_block = i;
+    fiber.done = false;
+    fiber.waits_for = nullptr;
+    fiber.exchanges = 0;
+    ++block.warps[i / 32].lanes;
   }
-  for (bool moved = true; moved;) {
-    moved = false;
-    for (unsigned first = 0; first < block_threads; first += 32) {
-      for (bool warp_moved = true; warp_moved;) {
-        warp_moved = false;
-        for (unsigned i = first; i < first + 32 && i < block_threads; ++i) {
-          if (!can_run(fibers[i])) continue;
-          resume(i);
-          moved = warp_moved = true;
-        }
-      }
+}
+
+// Runs a warp until all of its fibers wait or are done; whether any ran.
+inline bool run_warp(unsigned first, unsigned lanes) {
+  bool moved = false;
+  for (bool again = true; again;) {
+    again = false;
+    for (unsigned i = first; i < first + lanes; ++i) {
+      if (!can_run(fibers[i])) continue;
+      resume(i);
+      moved = again = true;
     }
   }
-  for (unsigned i = 0; i < block_threads; ++i) {
+  return moved;
+}
+
+// Runs the prepared blocks, their warps in turn.
+inline void run_blocks(size_t shared) {
+  const unsigned warps = (block_threads + 31) / 32;
+  std::vector<unsigned> turns(warps * running.size());
+  for (unsigned i = 0; i < turns.size(); ++i) turns[i] = i;
+  uint32_t random = order;
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (size_t i = turns.size(); order && i > 1; --i) {
+      random = random * 1664525u + 1013904223u;
+      std::swap(turns[i - 1], turns[(random >> 8) % i]);
+    }
+    for (const unsigned turn : turns) {
+      const unsigned in_block = turn % warps * 32;
+      const unsigned first = turn / warps * block_threads + in_block;
+      moved |= run_warp(first, block_threads - in_block < 32 ? block_threads - in_block : 32);
+    }
+  }
+  for (unsigned i = 0; i < block_threads * running.size(); ++i) {
     if (fibers[i].done) continue;
     fibers.clear();  // their stacks hold abandoned frames: start afresh next time
     throw std::runtime_error("deadlock: a barrier or shuffle that not all threads reach");
   }
-  for (size_t i = shared; i < shared + kGuard; ++i)
-    if (dynamic_shared[i] != static_cast<char>(0xFF))
-      throw std::runtime_error("a kernel wrote past its dynamic shared memory");
+  for (const Block& block : running) {
+    const char* dynamic = reinterpret_cast<const char*>(block.dynamic_shared.data());
+    for (size_t i = shared; i < shared + kGuard; ++i)
+      if (dynamic[i] != static_cast<char>(0xFF))
+        throw std::runtime_error("a kernel wrote past its dynamic shared memory");
+  }
 }
 
-template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, Args&&... args) {
-  std::lock_guard<std::mutex> lock(one_launch_at_a_time);
+inline void check(bool fits, dim3 grid, dim3 block, size_t shared) {
   block_threads = block.x * block.y * block.z;
-  if (block_threads < 1 || block_threads > 1024 || block.z > 64 || shared > kSharedLimit ||
+  if (!fits || block_threads < 1 || block_threads > 1024 || block.z > 64 || shared > kSharedLimit ||
       grid.x < 1 || grid.x > 0x7FFFFFFFu || grid.y < 1 || grid.y > 65535 || grid.z < 1 ||
       grid.z > 65535)
     throw std::runtime_error("a launch that a device would refuse: grid " + std::to_string(grid.x) +
                              " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) +
                              ", block " + std::to_string(block_threads) + ", shared " +
                              std::to_string(shared));
+}
+
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, Args&&... args) {
+  std::lock_guard<std::mutex> lock(one_launch_at_a_time);
+  check(true, grid, block, shared);
   make_fibers(block_threads);
-  dynamic_shared.resize(shared + kGuard);
+  running.resize(1);
   gridDim = grid, blockDim = block;
   body = [&] { kernel(args...); };
-  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
-    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-        if (ends && blockIdx.x == ends && grid.x > 2 * ends) blockIdx.x = grid.x - ends;
-        run_block(shared);
+  dim3 at;
+  for (at.z = 0; at.z < grid.z; ++at.z)
+    for (at.y = 0; at.y < grid.y; ++at.y)
+      for (at.x = 0; at.x < grid.x; ++at.x) {
+        if (ends && at.x == ends && grid.x > 2 * ends) at.x = grid.x - ends;
+        prepare(running[0], 0, at, shared);
+        run_blocks(shared);
       }
+}
+
+// All blocks at once, so that they may wait for each other.
+template <typename... Params, typename... Args>
+void launch_cooperative(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared,
+                        Args&&... args) {
+  std::lock_guard<std::mutex> lock(one_launch_at_a_time);
+  const unsigned blocks = grid.x, limit = static_cast<unsigned>(processors);
+  check(blocks <= limit && grid.y == 1 && grid.z == 1, grid, block, shared);
+  if (block_threads * blocks > kFibers) throw std::runtime_error("cuda_on_cpu: too many threads");
+  make_fibers(block_threads * blocks);
+  running.resize(blocks);
+  gridDim = grid, blockDim = block;
+  body = [&] { kernel(args...); };
+  grid_barrier = Barrier();
+  for (unsigned i = 0; i < blocks; ++i)
+    prepare(running[i], i * block_threads, dim3(i, 0, 0), shared);
+  run_blocks(shared);
 }
 
 template <typename T>
@@ -208,10 +292,11 @@ T exchange(unsigned mask, T value, unsigned source_lane) {
     std::fputs("cuda_on_cpu: only shuffles of the full warp\n", stderr);
     std::abort();
   }
-  Warp& warp = warps[current / 32];
-  uint64_t* values = warp.values[fibers[current].exchanges++ & 1];
-  std::memcpy(&values[current % 32], &value, sizeof(T));
-  wait(warp.barrier, warp.lanes);
+  Fiber& fiber = fibers[current];
+  Warp& warp = fiber.block->warps[fiber.in_block / 32];
+  uint64_t* values = warp.values[fiber.exchanges++ & 1];
+  std::memcpy(&values[fiber.in_block % 32], &value, sizeof(T));
+  sync(warp.barrier, warp.lanes);
   T result = value;  // what a lane that does not exist would give
   if (source_lane < warp.lanes) std::memcpy(&result, &values[source_lane], sizeof(T));
   return result;
@@ -225,16 +310,28 @@ extern "C" __attribute__((used, visibility("default"))) inline void cuda_on_cpu_
   cuda_on_cpu::ends = blocks;
 }
 
+// The device that tests want: blocks that run at once, its L2, and the order of warps (see order).
+extern "C" __attribute__((used, visibility("default"))) inline void cuda_on_cpu_device(
+    int blocks, int l2_bytes, unsigned order) {
+  cuda_on_cpu::processors = blocks;
+  cuda_on_cpu::l2_bytes = l2_bytes;
+  cuda_on_cpu::order = order;
+}
+
 #define ENGINE_LAUNCH(kernel, grid, block, shared, stream, ...) \
   (static_cast<void>(stream), cuda_on_cpu::launch(kernel, grid, block, shared, __VA_ARGS__))
 #define ENGINE_SHARED(T, name, dimensions) \
-  static T name dimensions;                \
-  cuda_on_cpu::poison_once(name, sizeof(name))
+  using name##_array = T dimensions;       \
+  static char name##_name;                 \
+  name##_array& name =                     \
+      *static_cast<name##_array*>(cuda_on_cpu::static_array(&name##_name, sizeof(name##_array)))
 #define ENGINE_DYNAMIC_SHARED(T, name) \
-  T* name = reinterpret_cast<T*>(cuda_on_cpu::dynamic_shared.data())
+  T* name =                            \
+      reinterpret_cast<T*>(cuda_on_cpu::fibers[cuda_on_cpu::current].block->dynamic_shared.data())
 
 inline void __syncthreads() {
-  cuda_on_cpu::wait(cuda_on_cpu::block_barrier, cuda_on_cpu::block_threads);
+  cuda_on_cpu::sync(cuda_on_cpu::fibers[cuda_on_cpu::current].block->barrier,
+                    cuda_on_cpu::block_threads);
 }
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) { cuda_on_cpu::exchange(mask, 0, 0); }
 template <typename T>
@@ -251,6 +348,75 @@ constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 
+// ---- Cooperative launches -----------------------------------------------------------------------
+
+using cudaStream_t = struct CUstream_st*;
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrL2CacheSize = 38,
+  cudaDevAttrCooperativeLaunch = 95
+};
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrCooperativeLaunch ? 1
+           : attribute == cudaDevAttrL2CacheSize     ? cuda_on_cpu::l2_bytes
+                                                     : cuda_on_cpu::processors;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+template <typename... Params, typename... Args>
+void cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                        Args&&... args) {
+  bool cooperative = false;
+  for (unsigned i = 0; i < config->numAttrs; ++i)
+    cooperative |=
+        config->attrs[i].id == cudaLaunchAttributeCooperative && config->attrs[i].val.cooperative;
+  const auto run = [&](auto launch) {
+    launch(kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes, args...);
+  };
+  if (cooperative)
+    run([](auto... all) { cuda_on_cpu::launch_cooperative(all...); });
+  else
+    run([](auto... all) { cuda_on_cpu::launch(all...); });
+}
+
+namespace cooperative_groups {
+struct grid_group {
+  using arrival_token = unsigned;
+  // As on a device, the block arrives as one: all of its threads must come.
+  arrival_token barrier_arrive() const {
+    return cuda_on_cpu::arrive(cuda_on_cpu::grid_barrier, gridDim.x * cuda_on_cpu::block_threads);
+  }
+  void barrier_wait(arrival_token&& token) const {
+    cuda_on_cpu::wait(cuda_on_cpu::grid_barrier, token);
+  }
+  void sync() const { barrier_wait(barrier_arrive()); }
+};
+inline grid_group this_grid() { return {}; }
+}  // namespace cooperative_groups
+
 // Fibers change only at barriers and shuffles, so plain operations are atomic.
 template <typename T>
 T atomicAdd(T* address, T value) {
@@ -263,6 +429,11 @@ T atomicMin(T* address, T value) {
   const T before = *address;
   if (value < before) *address = value;
   return before;
+}
+
+template <typename T>
+void __stcs(T* address, T value) {
+  *address = value;
 }
 
 inline float __expf(float x) { return std::exp(x); }

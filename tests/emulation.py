@@ -7,6 +7,7 @@ under the hash of what they were made from.
 
 import hashlib
 import os
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emulation"
 HEADER = ROOT / "tests" / "cuda_on_cpu.h"
 OPS = tuple(op for op in native.OPS if op not in native.CPU_OPS)
+OPS += native.BLOCKED_OPS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # -fno-gnu-unique: a second build in the same process must not share the first one's variables.
@@ -52,7 +54,8 @@ def _compile(source: Path, text: str, flags: list[str], headers: bytes) -> Path:
 
 
 def build(namespace: str = "engine_emu", patch: dict[str, tuple[str, str]] | None = None) -> Path:
-    """→ the library whose ops live in `namespace`; patch: file name → (text, its replacement)."""
+    """→ the library whose ops live in `namespace`; patch: file name → (text, its replacement), of
+    .cu files and of headers beside them."""
     with lock.alone("emulation"):
         return _build(namespace, patch)
 
@@ -69,12 +72,7 @@ def _build(namespace: str, patch: dict[str, tuple[str, str]] | None) -> Path:
 
     def compile_job(job):
         source, flags = job
-        text = source.read_text()
-        if patch and source.name in patch:
-            before, after = patch[source.name]
-            assert before in text, f"{source.name} has no {before!r}"
-            text = text.replace(before, after, 1)
-        return _compile(source, text, flags, headers)
+        return _compile(source, _patched(source, patch or {}), flags, headers)
 
     with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
         objects = [str(o) for o in pool.map(compile_job, jobs)]
@@ -89,6 +87,20 @@ def _build(namespace: str, patch: dict[str, tuple[str, str]] | None) -> Path:
         assert done.returncode == 0, f"the emulation does not link:\n{done.stderr}"
         partial.replace(library)
     return library
+
+
+def _patched(source: Path, patch: dict[str, tuple[str, str]]) -> str:
+    """The text of a file, headers that the patch concerns in place of their #include."""
+    text = source.read_text()
+    if source.name in patch:
+        before, after = patch[source.name]
+        assert before in text, f"{source.name} has no {before!r}"
+        text = text.replace(before, after, 1)
+    for line in re.findall(r'^#include "\w+\.h"$', text, re.M) if patch else ():
+        header = source.parent / line.split('"')[1]
+        if header.exists() and (inner := _patched(header, patch)) != header.read_text():
+            text = text.replace(line, inner.replace("#pragma once", ""), 1)
+    return text
 
 
 @cache

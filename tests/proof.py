@@ -46,13 +46,15 @@ def version(package: str) -> str:
 def unknown(report) -> bool:
     """Whether a failed report names no op that could lose its entry for it.
 
-    test_clusters fails for a kernel that nothing takes. What is reported of a worker that died
-    (pytest-xdist) is of no phase of a test, and knows no properties: anything may be lost with it.
+    test_clusters and test_blocked fail for kernels that nothing takes. What is reported of a worker
+    that died (pytest-xdist) is of no phase of a test, and knows no properties: anything may be lost
+    with it.
     """
     if not report.failed or "op" in dict(report.user_properties):
         return False
     ran = report.when in ("setup", "call", "teardown")
-    return not (ran and report.nodeid.split("::")[-1].startswith("test_clusters["))
+    untaken = report.nodeid.split("::")[-1].startswith(("test_clusters[", "test_blocked["))
+    return not (ran and untaken)
 
 
 def counts(config, exitstatus: int, unknown: bool = False) -> bool:

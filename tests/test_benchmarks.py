@@ -191,6 +191,10 @@ def test_losses_and_ties_are_called_so():
     assert record(20, 10)["verdict"] == "loss" and record(20, 10)["best_baseline"] == "compile"
     assert record(10, 10.5, spread=0.05)["verdict"] == "tie"
     assert record(10, 10.5)["verdict"] == "win"
+    unproven = record(20, 10)
+    unproven["contenders"]["blocked"] = unproven["contenders"]["triton"] | {"cold": {"us": 1}}
+    gpu_results.conclude(unproven, {"copy_gb_per_s": {"1024 MB": 1000.0}})
+    assert (unproven["best_ours"], unproven["best_baseline"]) == ("triton", "compile")
     row = record(1, 2)["contenders"]["triton"]
     assert (row["gb_per_s"], row["share_of_copy"]) == (1000.0, 1.0)
 
@@ -212,6 +216,9 @@ def test_cases_are_those_of_the_plan():
     by_name = {case.name: case for case in cases}
     gn = by_name["group_norm_silu-fwd CIFAR-a-nhwc-bf16"]
     assert gn.useful_bytes == 2 * 2 * 128 * 128 * 32 * 32
+    assert "blocked" not in gn.contenders
+    blocked = by_name["group_norm_silu-bwd LSUN-a-nchw-bf16"].contenders
+    assert list(blocked)[-1] == "blocked"
     assert by_name["group_norm_silu-bwd CIFAR-a-nchw-bf16"].useful_bytes == 3 * 2 * 128**2 * 1024
     assert by_name["reverse_step 256² fp32"].useful_bytes == 12 * 128 * 3 * 2**16 > 64e6
     attention = by_name["attention-fwd ADM64-32"]
@@ -283,12 +290,14 @@ def test_whom_a_failure_takes_the_proof_from():
         return SimpleNamespace(**plain | changes)
 
     case = [("backend", "triton"), ("op", "noise")]
-    clusters = "tests/test_group_norm_silu_plan.py::test_clusters[planes-0]"
+    here = "tests/test_group_norm_silu_plan.py::"
+    clusters, blocked = f"{here}test_clusters[planes-0]", f"{here}test_blocked[waves-0]"
     assert proof.unknown(report()) and proof.unknown(report(user_properties=case[:1]))
     assert not proof.unknown(report(failed=False)) and not proof.unknown(
         report(user_properties=case)
     )
     assert not proof.unknown(report(nodeid=clusters))
+    assert not proof.unknown(report(nodeid=blocked))
     assert proof.unknown(report(nodeid=clusters, when="???"))  # a worker died there
 
 

@@ -27,6 +27,10 @@ REGISTERS = {
     "forward_noise_grad_kernel": 64,
     "group_norm_silu_fwd_planes_kernel": 80,  # 768 threads
     "group_norm_silu_fwd_cluster_kernel": 80,  # 384 threads, two blocks a processor
+    "group_norm_silu_fwd_blocked_planes_kernel": 128,  # 256 threads, two blocks a processor
+    "group_norm_silu_fwd_blocked_slabs_kernel": 128,
+    "group_norm_silu_bwd_blocked_planes_kernel": 128,
+    "group_norm_silu_bwd_blocked_slabs_kernel": 168,  # 192 threads, two blocks
     "group_norm_silu_fwd_slabs_kernel": 104,  # 512 threads
     "group_norm_silu_merge_kernel": 64,
     "group_norm_silu_bwd_planes_kernel": 80,

@@ -206,9 +206,8 @@ def compile_library(text: str, *flags: str):
         "c++",
         "-",
     ]
-    headers = b"".join(
-        (emulation.ROOT / p).read_bytes() for p in ("csrc/philox.h", "tests/cuda_on_cpu.h")
-    )
+    found = [emulation.HEADER, *emulation.ROOT.glob("csrc/*.h"), *emulation.ROOT.glob("csrc/*/*.h")]
+    headers = b"".join(path.read_bytes() for path in sorted(found))
     key = hashlib.sha256(" ".join(command).encode() + text.encode() + headers).hexdigest()[:16]
     target = emulation.BUILD / f"text-{key}.so"
     if not target.exists():
@@ -322,7 +321,7 @@ def test_the_emulation_catches_broken_barriers():
     deleted = ("__syncthreads();", "")
     divergent = ("__syncthreads();", "if (threadIdx.x < 32) __syncthreads();")
     library = emulation.build(
-        namespace, {"group_norm_silu.cu": deleted, "group_norm_silu_bwd.cu": divergent}
+        namespace, {"group_norm_silu_slabs.h": deleted, "group_norm_silu_bwd_pieces.h": divergent}
     )
     broken = emulation.load(library, namespace)
     x, dy = normal(1, 4, 48, 48, seed=1), normal(1, 4, 48, 48, seed=2)

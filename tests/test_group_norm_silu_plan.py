@@ -1,4 +1,5 @@
-"""How the kernels of group_norm_silu are cut: every kind of Triton program, the plan, clusters."""
+"""How the kernels of group_norm_silu are cut: every kind of Triton program, the plan, and
+what only a GPU can prove: clusters and the cooperative kernel."""
 
 import pytest
 import torch
@@ -66,21 +67,60 @@ def test_clusters(name, first, dtype):
     """What CLUSTERS of kernels/native.py waits for: the unproven kernel against the proven one."""
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("clusters need sm_90")
-    shape, groups = CLUSTERED[name]
+    check_unproven("group_norm_silu_fwd_cluster", *CLUSTERED[name], first, dtype, "contiguous")
+
+
+GRADIENTS = ("dx", "dx2", "dweight", "dbias", "dadd", "dscale", "dshift")
+BLOCKED = {  # (N, C, H, W), groups: larger than a block; `waves` are 5 or more of an H100's
+    "waves": ((9, 64, 180, 184), 16),
+    "three channels": ((2, 15, 197, 203), 5),
+    "one group": ((1, 520, 30, 30), 1),
+}
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="tests/test_cuda_emulated_blocked.py runs it here")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("first", [0, 7])
+@pytest.mark.parametrize("name", BLOCKED)
+def test_blocked(name, first, layout, dtype):
+    """What BLOCKED of kernels/native.py waits for."""
+    check_unproven("group_norm_silu_fwd_blocked", *BLOCKED[name], first, dtype, layout, bwd=True)
+
+
+def check_unproven(op, shape, groups, first, dtype, layout, bwd=False):
+    """The unproven kernel against the proven one, three times, with the same bits."""
     inputs = make_inputs(shape, dtype, ("add", "scale", "shift"))
     x = inputs.pop("x")
-    halves = [t.contiguous() for t in x.split([first, shape[1] - first], 1)] if first else [x, None]
+    halves = x.split([first, shape[1] - first], 1) if first else [x]
+    halves = [*(as_layout(t.clone(), layout) for t in halves), None][:2]
     rest = (*inputs.values(), groups, 1e-5, True)
     truth = reference.group_norm_silu(
         x.double(), *(inputs[k].double() for k in ("weight", "bias")), groups,
         **{k: inputs[k].double() for k in ("add", "scale", "shift")},
     )  # fmt: skip
     plain = torch.ops.engine.group_norm_silu_fwd(*halves, *rest)
-    for _ in range(3):
-        got = torch.ops.engine.group_norm_silu_fwd_cluster(*halves, *rest, True)
-        assert_within_budget(got[0], truth, plain[0], factor=FORWARD)
-        for a, b in zip(got[1:], plain[1:], strict=True):
-            assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+    found = [getattr(torch.ops.engine, op)(*halves, *rest, True) for _ in range(3)]
+    assert_within_budget(found[0][0], truth, plain[0], factor=FORWARD)
+    for a, b in zip(found[0][1:], plain[1:], strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
+    if not bwd:
+        return
+    ops = torch.ops.engine
+    for dy_layout in ("contiguous", "channels_last"):
+        dy = as_layout(torch.randn_like(x), dy_layout)
+        args = (dy, *halves, *inputs.values(), *plain[1:], groups, True)
+        proven = ops.group_norm_silu_bwd(*args)
+        found = [ops.group_norm_silu_bwd_blocked(*args, True) for _ in range(3)]
+        for name, a, b in zip(GRADIENTS, found[0], proven, strict=True):
+            if not b.numel():
+                continue
+            allowed = (2 * torch.finfo(b.dtype).eps + 1e-4) * b.abs().max()  # sums in other orders
+            assert ((a - b).abs().max() <= allowed).item(), name
+        for again in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
 
 
 SET = {  # (N, C, S): how bfloat16 in 32 groups is cut on an H100, contiguous and channels_last

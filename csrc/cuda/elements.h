@@ -93,6 +93,8 @@ struct Slot {
       }
     }
   }
+  // LAST: nobody reads it soon; 16 bytes and more are the first to leave the L2.
+  template <bool LAST = false>
   __device__ __forceinline__ void store(T* p) const {
     if constexpr (BYTES == 2) {
       *reinterpret_cast<uint16_t*>(p) = static_cast<uint16_t>(words[0]);
@@ -100,8 +102,13 @@ struct Slot {
       *reinterpret_cast<uint32_t*>(p) = words[0];
     } else {
 #pragma unroll
-      for (int i = 0; i < WORDS; i += 4)
-        reinterpret_cast<uint4*>(p)[i / 4] = {words[i], words[i + 1], words[i + 2], words[i + 3]};
+      for (int i = 0; i < WORDS; i += 4) {
+        const uint4 four = {words[i], words[i + 1], words[i + 2], words[i + 3]};
+        if constexpr (LAST)
+          __stcs(reinterpret_cast<uint4*>(p) + i / 4, four);
+        else
+          reinterpret_cast<uint4*>(p)[i / 4] = four;
+      }
     }
   }
   // Element j alone; an element is loaded at most once.

@@ -99,8 +99,9 @@ constexpr int kMaxThreads = 768;                // leaves 80 registers to a thre
 constexpr int64_t kEnoughThreads = 132 * 1024;  // keeps a large GPU busy
 
 // vec: elements in a vector; whole: planes are whole vectors, aligned. Returns true when a block
-// can hold a group (`all`), else a tile for `stats` and `apply`.
-inline bool choose_plane_tile(const GroupNormSilu& p, int vec, int k, bool whole, PlaneTile* tile) {
+// can hold a group (`all`), else a tile for `stats` and `apply`, of at most `threads`.
+inline bool choose_plane_tile(const GroupNormSilu& p, int vec, int k, bool whole, PlaneTile* tile,
+                              int threads = 512) {
   const int64_t group = p.C / p.G, rows = p.N * p.G;
   const int64_t vectors = (p.S + vec - 1) / vec + (whole ? 0 : 1);
   const int64_t needed = (vectors + k - 1) / k;
@@ -115,8 +116,8 @@ inline bool choose_plane_tile(const GroupNormSilu& p, int vec, int k, bool whole
       lanes *= 2;
     tile->channels = static_cast<int>(group);
   } else {
-    lanes = lanes < 512 ? lanes : 512;
-    tile->channels = static_cast<int>(512 / lanes < group ? 512 / lanes : group);
+    lanes = lanes < threads ? lanes : threads;
+    tile->channels = static_cast<int>(threads / lanes < group ? threads / lanes : group);
   }
   tile->lanes = static_cast<int>(lanes);
   tile->c_parts = static_cast<int>((group + tile->channels - 1) / tile->channels);
@@ -134,8 +135,8 @@ struct PlanePlace {
   int lane;
   bool active;
 
-  __device__ PlanePlace(const GroupNormSilu& p, const PlaneTile& tile, Stage stage) {
-    const int64_t unit = block_of(stage) * blockDim.y + threadIdx.y;
+  __device__ PlanePlace(const GroupNormSilu& p, const PlaneTile& tile, int64_t block) {
+    const int64_t unit = block * blockDim.y + threadIdx.y;
     const int64_t group = p.C / p.G;
     const int local = threadIdx.x / tile.lanes;
     lane = threadIdx.x % tile.lanes;
@@ -193,10 +194,11 @@ struct PlaneVectors {
     }
     return slot;
   }
+  template <bool LAST = false>
   __device__ void store(const Slot<T, VEC>& slot, T* plane, int k) const {
     plane += first + k * step;
     if (WHOLE ? inside(k) : inside(k, 0) && k * step + VEC <= left && aligned16(plane)) {
-      slot.store(plane);
+      slot.template store<LAST>(plane);
     } else if (!WHOLE) {
 #pragma unroll
       for (int j = 0; j < VEC; ++j)
@@ -225,9 +227,10 @@ struct SlabTile {
 
 constexpr int kSlabThreads = 512;
 
-// vec: elements in a vector (1 when channels cannot be read as vectors). Returns as above.
+// vec: elements in a vector (1 when channels cannot be read as vectors); row_bytes: what a slab of
+// `stats` has of each row at least, where groups allow it. Returns as above.
 inline bool choose_slab_tile(const GroupNormSilu& p, int element_size, int vec, int k,
-                             SlabTile* tile) {
+                             SlabTile* tile, int threads = kSlabThreads, int row_bytes = 128) {
   const int64_t group = p.C / p.G;
   const int64_t max_width = vec == 1 ? 256 : 64 * vec;
   int64_t unit = group;
@@ -238,7 +241,7 @@ inline bool choose_slab_tile(const GroupNormSilu& p, int element_size, int vec, 
   int64_t width = unit;
   const bool wide = unit > max_width;
   const bool resident = !wide && fits(unit);
-  const int64_t enough = (resident ? 64 : 128) / element_size;  // whole sectors of each row
+  const int64_t enough = (resident ? 64 : row_bytes) / element_size;  // whole sectors
   if (wide) {
     width = max_width;
   } else {
@@ -250,7 +253,7 @@ inline bool choose_slab_tile(const GroupNormSilu& p, int element_size, int vec, 
   tile->slabs = static_cast<int>(wide ? p.G * tile->parts : (p.C + width - 1) / width);
   tile->width = static_cast<int>(width);
   tile->columns = static_cast<int>(width / vec);
-  int64_t rows = kSlabThreads / tile->columns;
+  int64_t rows = (resident ? kSlabThreads : threads) / tile->columns;
   // Enough blocks: fewer threads with more vectors each, so that more blocks share a processor.
   if (resident && p.N * tile->slabs * kSlabThreads > kEnoughThreads) rows = (p.S + k - 1) / k;
   tile->rows = static_cast<int>(rows < p.S ? rows : p.S);
@@ -279,8 +282,7 @@ struct SlabPlace {
   int column, r;
   bool active;
 
-  __device__ SlabPlace(const GroupNormSilu& p, const SlabTile& tile, int vec, Stage stage) {
-    const int64_t unit = block_of(stage);
+  __device__ SlabPlace(const GroupNormSilu& p, const SlabTile& tile, int vec, int64_t unit) {
     const int channels = static_cast<int>(p.C / p.G);
     s_part = unit % tile.s_parts;
     const int slab = static_cast<int>(unit / tile.s_parts % tile.slabs);

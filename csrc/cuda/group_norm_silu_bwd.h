@@ -2,29 +2,16 @@
 // (group_norm_silu_bwd.cu): the merge of pieces, the gradients of the operands, a transposition.
 #pragma once
 
-#include "group_norm_silu.h"
+#include "group_norm_silu_bwd_pieces.h"
 
 namespace engine {
+
+// group_norm_silu_bwd_blocked.cu; dy, dy2 in the layout of x, as bwd_planes has them.
+bool group_norm_silu_bwd_blocked_dx(const GroupNormSilu& p, const void* dy, const void* dy2,
+                                    void* dx, void* dx2, const float* mean, const float* rstd,
+                                    float* workspace, const Allocate& allocate, void* stream);
+
 namespace {
-
-// rstd, or 0 where a group is one element: xhat and dx are 0 there, exactly. Its own rstd,
-// 1 / sqrt(eps), is large and would multiply what a contracted gamma dv - S1 left of 0.
-__device__ __forceinline__ float unless_alone(const GroupNormSilu& p, float rstd) {
-  return p.C == p.G && p.S == 1 ? 0.0f : rstd;
-}
-
-// S1 and S2 of a group from the workspace, by one warp, in all of its lanes.
-__device__ __forceinline__ float2 group_sums(const GroupNormSilu& p, const float* workspace,
-                                             int64_t n, int64_t g) {
-  const int64_t group = p.C / p.G, plane = p.N * p.C;
-  float2 sums = make_float2(0.0f, 0.0f);
-  for (int64_t c = g * group + threadIdx.x % 32; c < (g + 1) * group; c += 32) {
-    const float gamma = load_channel(p, n, c).gamma;
-    sums.x += gamma * workspace[n * p.C + c];
-    sums.y += gamma * workspace[plane + n * p.C + c];
-  }
-  return make_float2(warp_sum(sums.x), warp_sum(sums.y));
-}
 
 // workspace[i] = sum over pieces, in order.
 __global__ void __launch_bounds__(256)

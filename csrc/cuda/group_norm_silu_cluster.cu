@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
   const auto cluster = cooperative_groups::this_cluster();
   ENGINE_SHARED(float, sums, [4][32]);
   ENGINE_SHARED(Piece, mine, [1]);
-  const PlanePlace at(p, tile, Stage::all);
+  const PlanePlace at(p, tile, blockIdx.x);
   const Half<const T> half = half_of_x<T>(p, at.c);
   const T* x = half.data + (at.n * half.C + half.c) * p.S;
   PlaneVectors<T, true> vectors(x, p.S, at, tile, K);
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
   forget(vectors.step);
   channel.beta -= (all.mean - m) * channel.gamma * r;
   channel.gamma *= r;
-  apply_planes(slots, vectors, channel, m, p.silu, y + (at.n * p.C + at.c) * p.S);
+  apply_planes<false>(slots, vectors, channel, m, p.silu, y + (at.n * p.C + at.c) * p.S);
   cluster.barrier_wait(static_cast<decltype(done)&&>(done));
 #elif defined(__CUDA_ARCH__)
   __trap();  // code for older chips, run on a newer one: never a result of nothing

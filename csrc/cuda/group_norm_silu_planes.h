@@ -1,5 +1,5 @@
-// The arithmetic of contiguous planes, forward: what the kernels of one block and of a cluster
-// share.
+// The arithmetic of contiguous planes, forward: what the kernels of one block, of a cluster and of
+// a cooperative grid share.
 #pragma once
 
 #include "group_norm_silu.h"
@@ -50,7 +50,7 @@ __device__ __forceinline__ float2 centred_sums(const Slot<T, kVector<T>> (&slots
 }
 
 // y = act((u - m) gamma + beta).
-template <typename T, bool WHOLE, int K>
+template <bool LAST, typename T, bool WHOLE, int K>
 __device__ __forceinline__ void apply_planes(const Slot<T, kVector<T>> (&slots)[K],
                                              const PlaneVectors<T, WHOLE>& vectors,
                                              const Channel& channel, float m, bool silu, T* y) {
@@ -68,7 +68,7 @@ __device__ __forceinline__ void apply_planes(const Slot<T, kVector<T>> (&slots)[
       }
       result.set(i, values);
     }
-    vectors.store(result, y, k);
+    vectors.template store<LAST>(result, y, k);
   }
 }
 
@@ -97,6 +97,73 @@ __device__ __forceinline__ Piece merge_pieces(int64_t parts, F&& piece) {
     m2 += p.m2 + p.count * d * d;
   }
   return {count, m0 + above, warp_sum(m2)};
+}
+
+// mean and rstd of a group from its pieces, by one warp. partials: (rows, parts, 3).
+__device__ __forceinline__ void merge_row(const float* partials, float* mean, float* rstd,
+                                          int64_t row, int64_t parts, float eps) {
+  const float* partial = partials + 3 * row * parts;
+  const Piece all = merge_pieces(parts, [&](int64_t i) {
+    return Piece{partial[3 * i], partial[3 * i + 1], partial[3 * i + 2]};
+  });
+  if (threadIdx.x % 32 == 0)
+    mean[row] = all.mean, rstd[row] = 1.0f / sqrtf(all.m2 / all.count + eps);
+}
+
+// One block's piece of x: its statistics, or y. WHOLE: planes are whole vectors, aligned; K:
+// vectors of a thread; LAST: see Slot::store. partials: (N * G, parts, 3).
+template <typename T, bool WHOLE, int K, bool LAST = false>
+__device__ __forceinline__ void fwd_planes(const GroupNormSilu& p,
+                                           T* y,         // (N, C, S), like p.x
+                                           float* mean,  // (N, G), like rstd
+                                           float* rstd, float* partials, const PlaneTile& tile,
+                                           Stage stage, int64_t block) {
+  constexpr int VEC = kVector<T>;
+  ENGINE_SHARED(float, sums, [4][32]);
+  const PlanePlace at(p, tile, block);
+  const Half<const T> half = half_of_x<T>(p, at.c);
+  const T* x = half.data + (at.n * half.C + half.c) * p.S;
+  PlaneVectors<T, WHOLE> vectors(x, p.S, at, tile, K);
+  Channel channel = {0.0f, 0.0f, 0.0f};
+  if (at.active) channel = load_channel(p, at.n, at.c);
+
+  Slot<T, VEC> slots[K];
+#pragma unroll
+  for (int k = 0; k < K; ++k) slots[k] = vectors.load(x, k);
+
+  float m = 0.0f, r = 0.0f, correction = 0.0f;
+  if (stage == Stage::apply) {
+    if (at.active) m = mean[at.row], r = rstd[at.row];
+  } else {
+    float count = static_cast<float>(p.C / p.G * p.S);
+    if (stage == Stage::stats) count = unit_sum(static_cast<float>(vectors.count(K)), sums[0]);
+    m = unit_sum(piece_sum(slots, vectors, channel.add), sums[1]) / count;
+    forget(slots);
+    forget(vectors.step);
+    const float2 d = centred_sums(slots, vectors, channel.add, m);
+    const float d_sum = unit_sum(d.x, sums[2]), d_squares = unit_sum(d.y, sums[3]);
+    correction = d_sum / count;
+    const float m2 = fmaxf(d_squares - d_sum * correction, 0.0f);
+    const bool writer = at.active && threadIdx.x == 0;
+    if (stage == Stage::stats) {
+      if (writer) {
+        float* partial = partials + 3 * (at.row * tile.c_parts * tile.s_parts + at.part);
+        // An empty piece has no mean: 0 / 0 would reach the others through the merge.
+        const bool empty = !(count > 0.0f);
+        partial[0] = count, partial[1] = empty ? 0.0f : m + correction;
+        partial[2] = empty ? 0.0f : m2;
+      }
+      return;
+    }
+    r = 1.0f / sqrtf(m2 / count + p.eps);
+    if (writer) mean[at.row] = m + correction, rstd[at.row] = r;
+  }
+
+  forget(slots);
+  forget(vectors.step);
+  channel.beta -= correction * channel.gamma * r;
+  channel.gamma *= r;
+  apply_planes<LAST>(slots, vectors, channel, m, p.silu, y + (at.n * p.C + at.c) * p.S);
 }
 
 }  // namespace
