@@ -35,7 +35,7 @@ class SampleConfig:
     """Picture to write, PNG; an existing one is replaced, a missing folder made."""
     n: int = 64
     """Number of samples."""
-    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddim"
+    sampler: Literal["ddpm", "ddim", "dpm++", "heun"] = "ddim"
     """Sampler: ddpm is ancestral; ddim is deterministic with --eta 0; dpm++ needs fewest steps."""
     steps: Annotated[int | None, cli.left_out("50 for ddim, 20 for dpm++, all T for ddpm")] = None
     """Steps of the reverse process, at most the T that the model was trained with."""

@@ -19,6 +19,8 @@ RANK = {
     "ops": 1,
     "diffusion": 2,
     "unet": 2,
+    "coefficients": 2.5,
+    "guidance": 2.5,
     "samplers": 3,
     "cli": 1,
     "metrics": 0,
