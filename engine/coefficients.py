@@ -153,7 +153,9 @@ def _ddim(diffusion: Diffusion, alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: 
     ratio = (1 - alpha_bar_prev) / (1 - alpha_bar)
     s = eta * ratio.sqrt() * (1 - alpha_bar / alpha_bar_prev).sqrt()
     # √(1−ᾱ'−σ²)·ε with ε = (x_t − √ᾱ x̂_0)/√(1−ᾱ), sorted by x̂_0 and x_t
-    direction = (1 - alpha_bar_prev - s**2).clamp(min=0).sqrt()
+    # (with 1−ᾱ'−σ² = (1−ᾱ')/(1−ᾱ)·((1−η²)(1−ᾱ) + η² ᾱ (1−ᾱ')/ᾱ'), which loses no digits at η = 1)
+    noisier = alpha_bar * (1 - alpha_bar_prev) / alpha_bar_prev
+    direction = (ratio * ((1 - eta**2) * (1 - alpha_bar) + eta**2 * noisier)).sqrt()
     d = direction / (1 - alpha_bar).sqrt()
     c = alpha_bar_prev.sqrt() - d * alpha_bar.sqrt()
     return {"c": c, "d": d, "s": s, "g0": (1 - alpha_bar) / alpha_bar.sqrt()}
