@@ -54,6 +54,26 @@ def test_ddpm_golden(impl, t, free, clipped, small, large):
         assert found.max().item() == pytest.approx(noisy, abs=2e-6)
 
 
+def test_ddpm_rows_are_the_posterior():
+    process = diffusion(100, variance="large")
+    times, rows = samplers.coefficients(process, "ddpm")
+    one, zeros = torch.ones(100, 1, dtype=torch.float64), torch.zeros(100, 1, dtype=torch.float64)
+    assert torch.allclose(rows[:, 2:3], process.posterior(one, zeros, times)[0])
+    assert torch.allclose(rows[:, 3:4], process.posterior(zeros, one, times)[0])
+    assert torch.allclose(rows[:-1, 4:5] ** 2, process.posterior(one, one, times)[1][:-1])
+    assert rows[-1, 4] == 0
+
+
+def test_ddim_golden():
+    process = diffusion()
+    times, rows = samplers.coefficients(process, "ddim")
+    for t, value in ((0, 0.497524877), (1, 0.498822437), (999, 0.500064294)):
+        a, b, c, d, s = rows[999 - t, :5]
+        assert times[999 - t] == t and s == 0
+        x0 = (a * 0.5 + b * 0.25).clamp(-1, 1)
+        assert (c * x0 + d * 0.5).item() == pytest.approx(value, abs=1e-9)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "quadratic"])
 @pytest.mark.parametrize("spacing", ["uniform", "karras"])
 def test_ddim_with_eta_one_is_ddpm(schedule, spacing):
