@@ -5,9 +5,7 @@ x_σ = x_0 + σ ε. The state of every sampler is the network's own input x = �
 """
 
 import copy
-import itertools
 import math
-from collections.abc import Sequence
 from numbers import Real
 
 import torch
@@ -24,7 +22,7 @@ RHO = 7.0  # Karras et al. 2022, table 1
 def coefficients(
     diffusion: Diffusion,
     sampler: str = "ddpm",
-    steps: int | Sequence[int] | None = None,
+    steps: int | None = None,
     eta: float = 0.0,
     *,
     spacing: str | None = None,
@@ -49,7 +47,7 @@ def coefficients(
     heun   Karras et al. 2022, alg. 2: two rows a step, Euler's and the trapezoid's, and one in the
            last, 2·steps − 1 in all; see `_heun`. s_churn, s_min, s_max, s_noise are S_churn … there
 
-    steps    how many noise levels, all T unless given; or the kept t themselves, ascending
+    steps    how many noise levels, all T unless given
     spacing  "uniform": evenly spaced t, int64 (schedules.kept_steps); or "karras": evenly spaced
              σ^(1/7) between the σ of t = T−1 and of t = 0 (Karras et al. 2022, eq. 5), ending at 0
              like the other, with t float64, linear in log σ between the schedule's own. "karras"
@@ -101,31 +99,19 @@ def _sigma(alpha_bar: Tensor) -> Tensor:
 
 
 def _levels(
-    diffusion: Diffusion, sampler: str, steps: int | Sequence[int] | None, spacing: str | None
+    diffusion: Diffusion, sampler: str, steps: int | None, spacing: str | None
 ) -> tuple[Tensor, Tensor]:
     """t (n,) and ᾱ (n,) float64 of the noise levels, ascending in noise; the image itself is not
     among them."""
-    listed = isinstance(steps, Sequence) and not isinstance(steps, str)
     if spacing is None:
-        spacing = "karras" if sampler == "heun" and not listed else "uniform"
+        spacing = "karras" if sampler == "heun" else "uniform"
     if spacing not in SPACINGS:
         raise ValueError(f"spacing is {spacing!r}, expected one of {', '.join(SPACINGS)}, or None")
-    T = diffusion.T
-    if listed:
-        kept = list(steps)
-        ascending = all(a < b for a, b in itertools.pairwise(kept))
-        if not kept or not ascending or kept[0] < 0 or kept[-1] >= T or spacing != "uniform":
-            raise ValueError(
-                f"steps lists {len(kept)} kept steps with spacing {spacing!r}, expected at least "
-                f"one of 0 … {T - 1}, ascending, and spacing 'uniform'"
-            )
-    else:
-        kept = schedules.kept_steps(T, T if steps is None else steps)
-    t = torch.tensor(kept)
+    t = torch.tensor(schedules.kept_steps(diffusion.T, diffusion.T if steps is None else steps))
     if spacing == "uniform":
         return t, diffusion.alpha_bar[t]
     ends = _sigma(diffusion.alpha_bar[[-1, 0]]) ** (1 / RHO)
-    u = torch.linspace(0, 1, len(kept), dtype=torch.float64)
+    u = torch.linspace(0, 1, len(t), dtype=torch.float64)
     sigma = ((1 - u) * ends[0] + u * ends[1]).flip(0) ** RHO
     return time_of(diffusion, sigma), 1 / (1 + sigma**2)
 

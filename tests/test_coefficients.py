@@ -102,16 +102,6 @@ def test_karras_noise_levels():
     assert torch.allclose(alpha_bar_at(process, times), 1 / (1 + sigma**2), rtol=1e-10)
 
 
-def test_kept_steps_can_be_listed():
-    process = diffusion(100)
-    kept = schedules.kept_steps(100, 10)
-    for sampler in samplers.SAMPLERS:
-        listed = samplers.coefficients(process, sampler, kept)
-        counted = samplers.coefficients(process, sampler, 10, spacing="uniform")
-        assert all(torch.equal(a, b) for a, b in zip(listed, counted, strict=True))
-        assert listed[0].dtype == torch.int64
-
-
 # ---- The probability-flow ODE of a Gaussian -----------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""One step on static buffers, replayed: the images of the plain loop, by a stand-in for the graph."""
+"""One step on static buffers, replayed by a stand-in for the graph: the plain loop's images."""
 
 import pytest
 import torch
