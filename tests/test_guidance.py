@@ -259,6 +259,20 @@ def test_a_unet_without_classes_is_not_given_the_label():
         draw(net, diffusion(), guidance=2, **options)
 
 
+def test_a_network_may_be_its_own_classifier():
+    """Under autocast both then share the bf16 copies of the weights that the first call made."""
+    classifier = Classifier()
+
+    def model(x, t, y):
+        return torch.nn.functional.conv2d(x, classifier.conv.weight, padding=1)[:, :1].tanh()
+
+    options = dict(y=y(), sampler="ddim", steps=3, classifier=classifier, classifier_scale=9.0)
+    plain = draw(model, diffusion(), **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = draw(model, diffusion(), **options)
+    assert torch.allclose(found, plain, atol=0.1)
+
+
 def test_gradient_of_a_class():
     """∇ log softmax(W x)_y = W_y − Σ_k p_k W_k, in closed form, scaled."""
     torch.manual_seed(0)
@@ -269,6 +283,10 @@ def test_gradient_of_a_class():
     p = (x.flatten(1) @ weight.T).softmax(1)
     expected = -2 * (weight[y()] - p @ weight)
     assert torch.allclose(found.flatten(1), expected, atol=1e-5)
+    with torch.inference_mode():  # and what is made there
+        given = (x + 0, torch.zeros(3), y())
+        inside = guidance.class_gradient(lambda x, t: x.flatten(1) @ weight.T, *given, scale=-2.0)
+    assert torch.equal(found, inside)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +333,11 @@ def test_a_noise_of_the_noise_contract_is_the_key():
         keyed = draw(Network(), diffusion(), **more)
         assert torch.equal(draw(Network(), diffusion(), noise=normals, **more), keyed)
         n = options.get("steps", 60)
+        asked = []
+        draw(
+            Network(), diffusion(), noise=lambda k, a=asked, z=normals: a.append(k) or z(k), **more
+        )
+        assert asked == list(range(n)), "each once, and not the last"
         stacked = torch.stack([normals(k) for k in range(n + 1)])
         assert torch.equal(draw(Network(), diffusion(), noise=stacked, **more), keyed)
         stacked[1:] += 1
