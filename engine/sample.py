@@ -101,6 +101,11 @@ def command(args: Sequence[str] | None) -> None:
 
         classifier = load_classifier(config.classifier, device=device)
         classes = check_classifier(config, model.config, classifier.config)
+        if not torch.equal(classifier.diffusion.betas, diffusion.betas):
+            raise ValueError(
+                f"--classifier {config.classifier} was trained on another noise schedule than the "
+                "model: train it with the same --schedule and --timesteps"
+            )
     labels = choose_labels(config, classes, info.get("classes", []))
     for name, path in (("out", config.out), ("strip", config.strip)):
         if path is not None:

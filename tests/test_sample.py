@@ -15,6 +15,7 @@ class Classifier(torch.nn.Module):
     def __init__(self, **options):
         super().__init__()
         self.config = dict(SHAPE, num_classes=3) | options
+        self.diffusion = engine.Diffusion(schedules.betas("linear", 30))
 
     def forward(self, x, t):
         return torch.stack([(k * x).sin().sum((1, 2, 3)) for k in (1, 2, 3)], 1)
@@ -92,6 +93,9 @@ def test_what_does_not_fit_is_one_sentence(run, capsys):
     assert "c was trained with image_size 16, the model with 8" in refused("--classifier", "c")
     run.classifier = Classifier(num_classes=9)
     assert "c was trained with num_classes 9, the model with 3" in refused("--classifier", "c")
+    run.classifier = Classifier()
+    run.classifier.diffusion = engine.Diffusion(schedules.betas("cosine", 30))
+    assert "c was trained on another noise schedule" in refused("--classifier", "c")
     run.model.null_label = None
     assert "has no null_label: use one that was trained" in refused("--guidance", "2")
     run.model = run.unet(None)
