@@ -22,7 +22,7 @@ RHO = 7.0  # Karras et al. 2022, table 1
 def coefficients(
     diffusion: Diffusion,
     sampler: str = "ddpm",
-    steps: int | None = None,
+    steps: int | str | None = None,
     eta: float = 0.0,
     *,
     spacing: str | None = None,
@@ -31,7 +31,8 @@ def coefficients(
     s_max: float = math.inf,
     s_noise: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """→ t (n,) descending, rows (n, 10) float64, one per network call; no noise at the last.
+    """→ the model's t (n,) descending, rows (n, 10) float64, one per network call; no noise in the
+    last.
 
     x0 = bound(a·x + b·out + g0·grad), x' = c·x0 + d·x + e·x0_prev + g1·σ²·grad + s·z, row
     (a, b, c, d, s, e, g0, g1, lo, hi), as ops.reverse_step reads it.
@@ -47,7 +48,7 @@ def coefficients(
     heun   Karras et al. 2022, alg. 2: two rows a step, Euler's and the trapezoid's, and one in the
            last, 2·steps − 1 in all; see `_heun`. s_churn, s_min, s_max, s_noise are S_churn … there
 
-    steps    how many noise levels, all T unless given
+    steps    how many noise levels, or text for schedules.respace; all T unless given
     spacing  "uniform": evenly spaced t, int64 (schedules.kept_steps); or "karras": evenly spaced
              σ^(1/7) between the σ of t = T−1 and of t = 0 (Karras et al. 2022, eq. 5), ending at 0
              like the other, with t float64, linear in log σ between the schedule's own. "karras"
@@ -82,16 +83,17 @@ def coefficients(
 
 
 def time_of(diffusion: Diffusion, sigma: Tensor) -> Tensor:
-    """The t (*) float64 at which the process has noise σ (*), linear in log σ between whole t.
+    """The model's t (*) float64 at noise σ (*), linear in log σ between the process's own steps.
 
-    A σ beyond the schedule's own gives t = 0 or T − 1.
+    A σ beyond those gives the first t or the last.
     """
+    steps = diffusion.timesteps.double()
     if diffusion.T == 1:
-        return torch.zeros_like(sigma)
+        return steps.expand(sigma.shape)
     known, sigma = _sigma(diffusion.alpha_bar).log(), sigma.log()
     above = torch.searchsorted(known, sigma).clamp(1, diffusion.T - 1)
-    low, high = known[above - 1], known[above]
-    return (above - 1 + (sigma - low) / (high - low)).clamp(0, diffusion.T - 1)
+    share = (sigma - known[above - 1]) / (known[above] - known[above - 1])
+    return torch.lerp(steps[above - 1], steps[above], share.clamp(0, 1))
 
 
 def _sigma(alpha_bar: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ def _sigma(alpha_bar: Tensor) -> Tensor:
 
 
 def _levels(
-    diffusion: Diffusion, sampler: str, steps: int | None, spacing: str | None
+    diffusion: Diffusion, sampler: str, steps: int | str | None, spacing: str | None
 ) -> tuple[Tensor, Tensor]:
     """t (n,) and ᾱ (n,) float64 of the noise levels, ascending in noise; the image itself is not
     among them."""
@@ -109,7 +111,7 @@ def _levels(
         raise ValueError(f"spacing is {spacing!r}, expected one of {', '.join(SPACINGS)}, or None")
     t = torch.tensor(schedules.kept_steps(diffusion.T, diffusion.T if steps is None else steps))
     if spacing == "uniform":
-        return t, diffusion.alpha_bar[t]
+        return diffusion.model_steps(t), diffusion.alpha_bar[t]
     ends = _sigma(diffusion.alpha_bar[[-1, 0]]) ** (1 / RHO)
     u = torch.linspace(0, 1, len(t), dtype=torch.float64)
     sigma = ((1 - u) * ends[0] + u * ends[1]).flip(0) ** RHO

@@ -32,7 +32,7 @@ def sample(
     shape: tuple[int, ...],  # (N, C, H, W)
     *,
     sampler: str = "ddpm",
-    steps: int | None = None,
+    steps: int | str | None = None,
     eta: float = 0.0,
     seed: int = 0,
     clip: bool = True,
@@ -60,7 +60,8 @@ def sample(
 
     sampler  "ddpm" (Ho et al. 2020, alg. 2), "ddim" (Song et al. 2021, eq. 12), "dpm++"
              (DPM-Solver++(2M), Lu et al. 2022, alg. 2) or "heun" (Karras et al. 2022, alg. 2)
-    steps    network calls, evenly spaced over T; all T unless given; heun makes 2·steps − 1
+    steps    network calls, evenly spaced over T, or text for schedules.respace; all T unless given;
+             heun makes 2·steps − 1
     spacing  "uniform" in t, or "karras" in σ, where t is float32, between whole steps; "karras" for
              heun unless given, "uniform" for the others (coefficients.py)
     eta      ddim's noise: 0 none, 1 as much as ddpm

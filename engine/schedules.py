@@ -1,6 +1,8 @@
 """Noise schedules β_t in float64, t = 0 … T−1, and the steps that a shorter sampling run keeps."""
 
 import math
+import re
+from collections.abc import Sequence
 from numbers import Integral
 
 import torch
@@ -60,22 +62,90 @@ def alpha_bar(beta: Tensor) -> Tensor:
     return torch.cumprod(1 - beta.double(), dim=0)
 
 
-def kept_steps(T: int, steps: int) -> list[int]:
-    """`steps` of 0 … T−1, ascending, first and last included, evenly spaced.
+def kept_steps(T: int, steps: int | str | Sequence[int]) -> list[int]:
+    """The steps of 0 … T−1 that a sampling run keeps, ascending.
 
-    Each is the rounding of an accumulated stride (T−1)/(steps−1), as in Nichol & Dhariwal 2021, §4;
-    that differs from linspace at some counts (21, 23, 31 … for T = 1000).
-    Raises ValueError unless 1 <= steps <= T.
+    A number: evenly spaced from the first to the last, which is respace(T, steps); 1 keeps the
+    last, since a run starts from pure noise. A string or a list: respace(T, steps).
+    Raises ValueError unless 1 <= steps <= T, and for strings and lists as respace.
     """
+    if isinstance(steps, Sequence):
+        return respace(T, steps)
     if not isinstance(steps, Integral):
         raise ValueError(f"steps is {steps!r}, expected a whole number")
     if not 1 <= steps <= T:
         raise ValueError(f"{steps} sampling steps do not fit a diffusion of T={T}: use 1 … {T}")
-    if steps == 1:
-        # One step must start from pure noise, so it is the last one.
-        return [T - 1]
-    stride, position, kept = (T - 1) / (steps - 1), 0.0, []
-    for _ in range(steps):
+    return [T - 1] if steps == 1 else _spread(T, steps)
+
+
+def respace(T: int, sections: int | Sequence[int] | str) -> list[int]:
+    """The steps of 0 … T−1 that a respaced diffusion keeps, ascending.
+
+    int        as many of all T, from the first to the last
+    list       0 … T−1 is cut into as many sections, the first T mod k one step longer; each keeps
+               the steps that it is told to, from its first to its last (its first, if told 1)
+    "10,15,20" the same list in writing
+    "ddimN"    0, i, 2i, … with the smallest whole stride i < T that keeps exactly N
+               (Song et al. 2021, app. D: the linear choice of τ)
+
+    Those kept in a section of n steps are position 0, s, 2s, …, s = (n−1)/(kept−1), rounded (a half
+    to even), with s added up in floating point: so the released models of Nichol & Dhariwal 2021
+    (§4) do it, and numpy's linspace differs at some counts (21, 23, 31 … of T = 1000).
+    Raises ValueError for a count below 1 or above its section's size, more sections than steps,
+    text of another form, and an N that no stride gives.
+    """
+    if not isinstance(T, Integral) or T < 1:
+        raise ValueError(f"T is {T!r}, expected a whole number, at least one diffusion step")
+    if isinstance(sections, str) and (match := re.fullmatch(r"ddim(\d+)", sections.strip())):
+        return _strided(T, int(match[1]))
+    counts = _counts(sections)
+    kept, start = [], 0
+    for i, count in enumerate(counts):
+        size = T // len(counts) + (i < T % len(counts))
+        if not 1 <= count <= size:
+            raise ValueError(
+                f"section {i + 1} of {len(counts)} has {size} of the T={T} steps, and {count} "
+                f"shall be kept: give 1 … {size}"
+                if size
+                else f"{len(counts)} sections do not fit a diffusion of T={T}: give at most {T}"
+            )
+        kept += [start + step for step in _spread(size, count)]
+        start += size
+    return kept
+
+
+def _counts(sections: int | Sequence[int] | str) -> list[int]:
+    counts = sections
+    if isinstance(sections, str):
+        parts = [part.strip() for part in sections.split(",")]
+        counts = [int(part) for part in parts] if all(map(str.isdecimal, parts)) else None
+    elif isinstance(sections, Integral):
+        counts = [sections]
+    whole = isinstance(counts, Sequence) and all(isinstance(n, Integral) for n in counts)
+    if not whole or not counts:
+        raise ValueError(
+            f"sections is {sections!r}, expected a number of steps, a list of such numbers, one "
+            "per section, or text like '10,15,20' or 'ddim50'"
+        )
+    return [int(count) for count in counts]
+
+
+def _spread(size: int, count: int) -> list[int]:
+    stride, position, kept = (size - 1) / (count - 1) if count > 1 else 1.0, 0.0, []
+    for _ in range(count):
         kept.append(round(position))
         position += stride
     return kept
+
+
+def _strided(T: int, count: int) -> list[int]:
+    lengths = {}  # steps kept → smallest stride
+    for stride in range(1, T):
+        lengths.setdefault(len(range(0, T, stride)), stride)
+    if count not in lengths:
+        near = sorted(sorted(lengths, key=lambda n: abs(n - count))[:2])
+        raise ValueError(
+            f"'ddim{count}': no whole stride keeps exactly {count} of T={T} steps; the nearest "
+            f"counts are {' and '.join(map(str, near)) or 'none'}"
+        )
+    return list(range(0, T, lengths[count]))

@@ -60,10 +60,13 @@ class TrainConfig:
     """Diffusion steps T."""
     prediction: Literal["eps", "x0", "v"] = "v"
     """What the U-Net predicts: noise, picture, or v = √ᾱ ε − √(1−ᾱ) x_0, which learns fastest."""
-    variance: Literal["small", "large"] = "small"
-    """Variance σ² of the reverse process: β̃_t or β_t."""
-    loss: Literal["l1", "l2", "huber"] = "l2"
-    """Distance between prediction and target."""
+    variance: Literal["small", "large", "learned_range"] = "small"
+    """Variance σ² of the reverse process: β̃_t, β_t, or between them as the U-Net learns."""
+    loss: Literal["l1", "l2", "huber", "hybrid", "l2_vlb", "vlb", "rescaled_vlb"] = "l2"
+    """Distance between prediction and target; or with the log-likelihood's bound: hybrid and l2_vlb
+    for a learned variance, vlb and rescaled_vlb (T times as large) for any."""
+    t_sampler: Literal["uniform", "loss-aware"] = "uniform"
+    """How t is drawn; loss-aware, for vlb: after a warm-up, the more often the larger its loss."""
 
     steps: Annotated[int | None, cli.left_out("2000, with --preset cifar10 100000")] = None
     """Optimiser steps in all, those before a --resume included."""
@@ -152,6 +155,16 @@ def validate(config: TrainConfig) -> None:
             raise ValueError(f"{cli.option(name)} must lie in 0 … 1, not {getattr(config, name)}")
     if not -(2**63) <= config.seed < 2**63:
         raise ValueError(f"--seed must fit 64 bits, not {config.seed}")
+    simple, mixed = ("l1", "l2", "huber"), ("hybrid", "l2_vlb")
+    if config.variance == "learned_range" and config.loss in simple:
+        raise ValueError(
+            f"--variance learned_range needs a loss that trains it, not {config.loss}: "
+            "give --loss hybrid, l2_vlb, vlb or rescaled_vlb"
+        )
+    if config.variance != "learned_range" and config.loss in mixed:
+        raise ValueError(
+            f"--loss {config.loss} trains a learned variance: give --variance learned_range too"
+        )
     if config.batch % config.accumulate:
         raise ValueError(f"--accumulate {config.accumulate} does not divide --batch {config.batch}")
 
@@ -288,11 +301,16 @@ def new_model(config: TrainConfig, size: int, channels: int, classes: int | None
 
     from .unet import UNet
 
-    width = {} if config.width is None else {"model_channels": config.width}
+    options = {} if config.width is None else {"model_channels": config.width}
+    options["out_channels"] = channels * (2 if config.variance == "learned_range" else 1)
     torch.manual_seed(config.seed)
     try:
         return UNet.from_preset(
-            preset_name(config), image_size=size, in_channels=channels, num_classes=classes, **width
+            preset_name(config),
+            image_size=size,
+            in_channels=channels,
+            num_classes=classes,
+            **options,
         )
     except ValueError as error:
         sentence = str(error)

@@ -1,7 +1,8 @@
 """The training loop: precision, EMA, guard against NaN, log, checkpoints, resume.
 
 Every random number of step s (pictures, mirror images, t, noise, dropout) is a function of
-(seed, s), so a run that was interrupted and resumed ends with the weights of one that was not.
+(seed, s), and t also of the losses so far where they guide it, which the checkpoint has: so a run
+that was interrupted and resumed ends with the weights of one that was not.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from . import checkpoint, data
 from .cli import Failed
 from .device import autocast, choose_device, choose_precision
+from .importance import LossAwareSampler
 from .metrics import Log
 
 if TYPE_CHECKING:
@@ -76,6 +78,9 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
+        loss_aware = config.t_sampler == "loss-aware"
+        self.t_sampler = LossAwareSampler(diffusion.T) if loss_aware else None
+        self.drawn: list[tuple[Tensor, Tensor]] = []  # t and loss of this step's images, for it
         self.step = 0  # optimiser steps done
         self.skipped = 0  # of them, steps that the guard left out
         self.streak = 0
@@ -93,12 +98,19 @@ class Trainer:
     def loss(self, x0: Tensor, y: Tensor | None, index: int) -> Tensor:
         """The loss of micro-batch `index`; t, noise and dropout follow from (seed, index)."""
         seed, n = self.config.seed, len(x0)
-        t = torch.randint(self.diffusion.T, (n,), generator=data.generator(seed, 2, index))
+        generator = data.generator(seed, 2, index)
+        if self.t_sampler is None:
+            t, reduction = torch.randint(self.diffusion.T, (n,), generator=generator), "mean"
+        else:
+            (t, weights), reduction = self.t_sampler.sample(n, generator), "none"
         torch.manual_seed(data.generator(seed, 3, index).initial_seed())  # dropout
+        draw = {"t": t.to(self.device), "key": seed, "step": index}
         with autocast(self.device, self.precision):
-            return self.diffusion.loss(
-                self.model, x0, t=t.to(self.device), y=y, key=seed, step=index
-            )
+            loss = self.diffusion.loss(self.model, x0, y=y, reduction=reduction, **draw)
+        if self.t_sampler is None:
+            return loss
+        self.drawn.append((t, loss.detach()))
+        return (weights.to(self.device) * loss).mean()
 
     def train_step(self, x: Tensor, y: Tensor | None) -> dict[str, float]:
         """One optimiser step on a batch x (B, C, H, W) float32 → the row for the log."""
@@ -119,11 +131,14 @@ class Trainer:
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), c.clip)
         # The step's one wait for the device.
-        loss_value, norm_value = torch.stack([total, norm]).tolist()
+        values = torch.cat([torch.stack([total, norm]), *(losses for _, losses in self.drawn)])
+        loss_value, norm_value, *losses = values.tolist()
         self.guard(loss_value, norm_value)
         if self.streak == 0:
             self.optimizer.step()
             self.update_ema()
+            self.update_t_sampler(losses)
+        self.drawn.clear()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return {"loss": loss_value, "grad_norm": norm_value, "lr": rate, "skipped": self.skipped}
@@ -151,12 +166,29 @@ class Trainer:
         decay = min(self.config.ema, (1 + done) / (10 + done))
         torch._foreach_lerp_(list(self.ema.values()), list(self.parameters.values()), 1 - decay)
 
+    def update_t_sampler(self, losses: list[float]) -> None:
+        if self.t_sampler is None:
+            return
+        warm = self.t_sampler.warm
+        self.t_sampler.update(torch.cat([t for t, _ in self.drawn]), torch.tensor(losses))
+        if self.t_sampler.warm and not warm:
+            self.say(f"step {self.step + 1}: from here on t is drawn in proportion to its loss")
+
+    def warmup_left(self) -> str:
+        """For the progress bar: how far the t sampler's warm-up is; nothing once it is over."""
+        sampler = self.t_sampler
+        if sampler is None or sampler.warm:
+            return ""
+        return f", uniform t: {sampler.filled}/{sampler.T} have {sampler.history} losses"
+
     # -- checkpoints
 
     def save(self) -> None:
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
         tensors["diffusion.betas"] = self.diffusion.betas
+        if self.t_sampler is not None:
+            tensors |= {f"t_sampler.{k}": v for k, v in self.t_sampler.state_dict().items()}
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
@@ -172,7 +204,7 @@ class Trainer:
         checkpoint.save(self.folder / checkpoint.FILE, tensors, info)
 
     def restore(self, tensors: dict[str, Tensor], info: dict) -> None:
-        """Puts a checkpoint's EMA, optimiser and counters in; the model has its weights already."""
+        """Puts in a checkpoint's EMA, optimiser, t sampler and counters; the model is there."""
         averages = checkpoint.part(tensors, "ema.")
         for name, p in self.parameters.items():
             self.ema[name].copy_(averages[name])
@@ -184,6 +216,8 @@ class Trainer:
                     state[key] = like.to(self.device)
             if state:
                 self.optimizer.state[p] = state
+        if self.t_sampler is not None:
+            self.t_sampler.load_state_dict(checkpoint.part(tensors, "t_sampler."))
         self.step, self.skipped = info["step"], info["skipped"]
 
     # -- pictures
@@ -247,6 +281,13 @@ class Trainer:
         c = self.config
         if not (self.folder / checkpoint.FILE).exists():
             self.save()  # before any other file: from here on the folder is taken, --resume works
+        if (
+            self.warmup_left()
+        ):  # 24 T draws at T = 1000, 25 T at 4000, until the last t has its tenth
+            self.say(
+                f"t is drawn uniformly until each of the {self.diffusion.T} has "
+                f"{self.t_sampler.history} losses: some {25 * self.diffusion.T // c.batch} steps"
+            )
         with Signals() as signals, Log(self.folder, self.step, c.tensorboard) as log:
             stream = data.batches(self.images, c.batch, seed=c.seed, flip=c.flip, start=self.step)
             progress = tqdm(total=c.steps, initial=self.step, unit="step", dynamic_ncols=True)
@@ -259,7 +300,8 @@ class Trainer:
                     if math.isfinite(row["loss"]):
                         smooth += (row["loss"] - smooth) * (0.02 if smooth else 1)
                     progress.update()
-                    progress.set_postfix_str(f"loss {smooth:.4f}, {rate:.0f} images/s", False)
+                    state = f"loss {smooth:.4f}, {rate:.0f} images/s{self.warmup_left()}"
+                    progress.set_postfix_str(state, False)
                     if self.step % c.log_every == 0 or self.step == c.steps or self.streak:
                         log.write(self.step, row | {"images_per_second": round(rate, 1)})
                     if signals.caught:

@@ -71,6 +71,22 @@ def test_train_resume_sample(work, capsys):
     assert (work / "new" / "c.png").is_file() and (work / "strip.png").is_file()
 
 
+def test_train_and_sample_a_learned_variance(work, capsys):
+    options = ["--variance", "learned_range", "--loss", "vlb", "--t-sampler", "loss-aware"]
+    assert refused(train.main([*TRAIN, *options[:2]]), capsys).endswith(
+        "needs a loss that trains it, not l2: give --loss hybrid, l2_vlb, vlb or rescaled_vlb\n"
+    )
+    assert train.main([*TRAIN, *options, "--prediction", "eps"]) == 0
+    assert "t is drawn uniformly until each of the 10 has 10 losses" in capsys.readouterr().err
+    assert train.main(["--resume", "run", "--steps", "4"]) == 0
+    assert checkpoint.read("run")[0]["t_sampler.counts"].sum() == 16
+    for sampler in ("ddpm", "ddim", "dpm++"):
+        assert sample_main("run", "--n", "2", "--sampler", sampler, "--steps", "4") == 0
+    capsys.readouterr()
+    args = ["--resume", "run", "--t-sampler", "uniform"]
+    assert "--t-sampler cannot change on --resume" in refused(train.main(args), capsys)
+
+
 def test_sample_is_both_a_function_and_a_module(work):
     assert train.main([*TRAIN, "--samples", "0"]) == 0
     model, diffusion, _ = engine.load("run")

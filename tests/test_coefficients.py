@@ -102,6 +102,26 @@ def test_karras_noise_levels():
     assert torch.allclose(alpha_bar_at(process, times), 1 / (1 + sigma**2), rtol=1e-10)
 
 
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("spacing", ["uniform", "karras"])
+def test_a_respaced_process_is_that_of_the_kept_steps(spacing, sampler):
+    """Its t are those of the process that the model was trained on; between them, as many apart."""
+    process = diffusion()
+    times, rows = samplers.coefficients(process, sampler, "10,5", spacing="uniform")
+    found = samplers.coefficients(process.respaced("10,5"), sampler, spacing=spacing)
+    if spacing == "uniform":
+        assert torch.equal(found[0], times) and torch.allclose(found[1], rows, rtol=1e-9)
+        return
+    assert len(found[0]) == len(times)
+    assert found[0][[0, -1]].tolist() == pytest.approx([999, 0], abs=1e-9)
+    sigma = -found[1][:, 1]
+    kept = torch.tensor(schedules.kept_steps(1000, "10,5"))
+    known = sigma_of(process)[kept].log()
+    low = (torch.searchsorted(known, sigma.log()) - 1).clamp(0, 13)
+    share = (sigma.log() - known[low]) / (known[low + 1] - known[low])
+    assert torch.allclose(found[0], torch.lerp(kept[low].double(), kept[low + 1].double(), share))
+
+
 # ---- The probability-flow ODE of a Gaussian -----------------------------------------------------
 
 

@@ -150,6 +150,19 @@ def test_steps_of_either_integer_type():
         (lambda: linear(prediction="noise"), "expected one of eps, x0, v"),
         (lambda: linear(variance="learned"), "expected one of small, large"),
         (lambda: linear(loss="mse"), "expected one of l1, l2, huber"),
+        (
+            lambda: linear(loss="hybrid"),
+            "loss='hybrid' trains a learned variance: give variance='learned_range'",
+        ),
+        (
+            lambda: linear(variance="learned_range").loss(lambda x, t: x, X),
+            "loss='l2' leaves the variance untrained: use one of hybrid, l2_vlb, vlb, rescaled_vlb",
+        ),
+        (
+            lambda: linear(variance="learned_range", loss="vlb").loss(lambda x, t: x, X),
+            r"returned \(2, 1, 4, 4\), expected \(2, 2, 4, 4\) like its input, with twice its",
+        ),
+        (lambda: linear().loss(lambda x, t: x, X, reduction="sum"), "expected mean or none"),
         (lambda: engine.Diffusion("cosine"), r"expected .* schedules\.betas\('cosine', 1000\)"),
         (
             lambda: linear().loss(lambda x, t: types.SimpleNamespace(sample=x), X),
@@ -189,3 +202,190 @@ def test_loss_of_a_key_is_the_loss_of_its_noise(prediction, loss):
     assert not torch.isclose(got, other)
     with pytest.raises(ValueError, match="exactly one"):
         process.loss(model, x0, t=t, key=11, noise=noise)
+
+
+LEARNED = ("hybrid", "l2_vlb", "vlb", "rescaled_vlb")
+
+
+def learned(loss, T=500, **options) -> engine.Diffusion:
+    return engine.Diffusion(
+        schedules.betas("cosine", T), variance="learned_range", loss=loss, **options
+    )
+
+
+def outputs(dtype=torch.float32):
+    """x_0, noise, t (0 among them), and 2C channels to be differentiated in."""
+    g = torch.Generator().manual_seed(3)
+    x0 = (torch.randint(256, (5, 2, 4, 4), generator=g) / 127.5 - 1).to(dtype)
+    noise, wrong, v = torch.randn(3, 5, 2, 4, 4, generator=g, dtype=dtype)
+    out = torch.cat([noise + 0.2 * wrong, v], 1).requires_grad_()
+    return x0, noise, torch.tensor([0, 1, 7, 250, 499]), out
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("loss, scale", [("hybrid", 0.5), ("l2_vlb", 1.0)])
+@pytest.mark.parametrize("keyed", [False, True])
+def test_the_bound_trains_the_variance_and_l2_the_mean(prediction, loss, scale, keyed):
+    """The gradients of the two halves of the channels are those of the two losses, to the bit."""
+    x0, noise, t, out = outputs()
+    draw = {"key": 4, "step": 2} if keyed else {"noise": noise}
+
+    def gradient(process, channels):
+        total = process.loss(lambda x, t: out[:, :channels], x0, t=t, **draw)
+        return total.detach(), torch.autograd.grad(total, out)[0]
+
+    simple, of_mean = gradient(
+        engine.Diffusion(schedules.betas("cosine", 500), prediction=prediction), 2
+    )
+    bound, of_v = gradient(learned("vlb", prediction=prediction), 4)
+    both, found = gradient(learned(loss, prediction=prediction), 4)
+    assert of_v[:, 2:].any() and of_v[:, :2].any()
+    assert torch.equal(found[:, :2], of_mean[:, :2])
+    assert torch.equal(found[:, 2:], scale * of_v[:, 2:])
+    assert torch.equal(both, simple + scale * bound)
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2", "huber", *LEARNED])
+@pytest.mark.parametrize("keyed", [False, True])
+def test_losses_per_image_have_the_mean_as_their_mean(loss, keyed):
+    """reduction="none", and with it any weights: values and gradients."""
+    x0, noise, t, out = outputs()
+    draw = {"key": 4, "step": 2} if keyed else {"noise": noise}
+    process = learned(loss) if loss in LEARNED else linear(loss=loss)
+    channels = 4 if loss in LEARNED else 2
+
+    def losses(rows, **options):
+        part = {k: v[rows] if k == "noise" else v for k, v in draw.items()}
+        return process.loss(
+            lambda x, t: out[rows, :channels], x0[rows], t=t[rows], **part, **options
+        )
+
+    whole = slice(None)
+    each = losses(whole, reduction="none")
+    assert each.shape == (5,) and each.dtype == torch.float32
+    mean = losses(whole)
+    torch.testing.assert_close(each.mean(), mean)
+    expected, got = (torch.autograd.grad(x, out)[0] for x in (mean, each.mean()))
+    torch.testing.assert_close(got, expected)
+    if not keyed:
+        for i in range(5):
+            torch.testing.assert_close(each[i], losses(slice(i, i + 1)))
+    weights = torch.tensor([0.0, 2.0, 0.5, 1.0, 3.0])
+    weighted = torch.autograd.grad((weights * losses(whole, reduction="none")).sum(), out)[0]
+    for i in range(0 if keyed else 5):
+        alone = torch.autograd.grad(losses(slice(i, i + 1)), out)[0]
+        torch.testing.assert_close(weighted[i], weights[i] * alone[i])
+
+
+@pytest.mark.parametrize("loss", LEARNED)
+def test_a_learned_variance_from_a_key_is_that_of_its_noise(loss):
+    x0, _, t, out = outputs()
+    process = learned(loss)
+    noise = engine.ops.noise(4, 2, engine.ops.TRAINING_NOISE, x0.shape)
+    totals = [
+        process.loss(lambda x, t: out + 0.01 * torch.cat([x, x], 1), x0, t=t, **draw)
+        for draw in ({"key": 4, "step": 2}, {"noise": noise})
+    ]
+    torch.testing.assert_close(*totals)
+    # x_t may differ by a rounding, and L_t at small t measures by √β_0.
+    tolerance = 8 * torch.finfo(torch.float32).eps / process.betas[0].sqrt().item()
+    got, expected = (torch.autograd.grad(total, out)[0] for total in totals)
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("variance", ["small", "large", "learned_range"])
+def test_the_loss_vlb_is_a_term_of_the_bound(variance):
+    """Mean over all t: rescaled_vlb is Σ_t L_t of bits_per_dim, unclipped, for the same noise."""
+    T = 9
+    x0 = (torch.randint(256, (1, 1, 4, 4)) / 127.5 - 1).expand(T, 1, 4, 4)
+    noise, t = torch.randn(T, 1, 4, 4), torch.arange(T)
+
+    def model(x, t):
+        v = [x.sin()] if variance == "learned_range" else []
+        return torch.cat([0.5 * x, *v], 1)
+
+    options = {"variance": variance, "loss": "rescaled_vlb"}
+    process = engine.Diffusion(schedules.betas("cosine", T), **options)
+    found = process.loss(model, x0, t=t, noise=noise)
+    bits = process.bits_per_dim(model, x0[:1], noise=noise[:, None], clip=False)
+    torch.testing.assert_close(found, bits.vb.sum())
+    options["loss"] = "vlb"
+    term = engine.Diffusion(schedules.betas("cosine", T), **options)
+    torch.testing.assert_close(T * term.loss(model, x0, t=t, noise=noise), found)
+
+
+def test_gradient_of_the_bound_in_float64():
+    x0, noise, t, out = outputs(torch.float64)
+    process = learned("vlb", prediction="v")
+    x_t = process.q_sample(x0, t, noise)
+    assert torch.autograd.gradcheck(lambda o: process.vlb_terms(x0, x_t, t, o)[0], out)
+
+
+def test_a_learned_variance_in_bfloat16_is_read_in_float32():
+    x0, noise, t, out = outputs()
+    low = out.detach().bfloat16()
+    process = learned("hybrid")
+    found = process.loss(lambda x, t: low, x0, t=t, noise=noise)
+    assert torch.equal(found, process.loss(lambda x, t: low.float(), x0, t=t, noise=noise))
+
+
+def test_the_bound_compiles_whole():
+    """Dynamo alone: no graph break, the same bits; t = 0 among the steps."""
+    x0, _, t, out = outputs()
+    part = learned("hybrid").respaced("100,50")
+    t = t.clamp(max=149)
+
+    def loss(x0, t, key):
+        return part.loss(lambda x, t: out * (1 + x[:, :1]), x0, t=t, key=key, step=2)
+
+    key = torch.tensor(4)
+    found = torch.compile(loss, fullgraph=True, backend="eager")(x0, t, key)
+    assert torch.equal(found, loss(x0, t, key))
+
+
+# --- respaced -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T, steps", [(1000, 1000), (40, "40"), (40, "ddim40"), (40, [20, 20])])
+def test_a_whole_respaced_process_is_the_process(T, steps):
+    whole = engine.Diffusion(schedules.betas("cosine", T), prediction="v", variance="large")
+    same = whole.respaced(steps)
+    for name in ("betas", "alpha_bar", "alpha_bar_prev", "timesteps"):
+        assert torch.equal(getattr(whole, name), getattr(same, name)), name
+    assert (same.prediction, same.variance, same.loss_type) == ("v", "large", "l2")
+    t = torch.arange(T)
+    assert same.model_steps(t) is t
+
+
+@pytest.mark.parametrize("steps", [25, "10,15,20", "ddim50", 1])
+def test_a_respaced_process_has_the_kept_marginals(steps):
+    whole = linear(loss="huber")
+    part = whole.respaced(steps)
+    kept = schedules.kept_steps(1000, steps)
+    assert len(kept) == part.T and part.timesteps.tolist() == kept
+    assert torch.equal(part.alpha_bar, whole.alpha_bar[kept])
+    assert torch.allclose(schedules.alpha_bar(part.betas), part.alpha_bar, rtol=1e-12)
+    t = torch.tensor([0, part.T - 1], dtype=torch.int32)
+    assert part.model_steps(t).tolist() == [kept[0], kept[-1]]
+    again = part.respaced(min(3, part.T))
+    assert set(again.timesteps.tolist()) <= set(kept)
+
+
+def test_a_model_is_called_with_the_original_steps():
+    part, seen = linear().respaced(5), []
+
+    def model(x, t):
+        seen.extend(t.tolist())
+        return torch.zeros_like(x)
+
+    part.loss(model, torch.zeros(3, 1, 4, 4), t=torch.tensor([0, 2, 4]))
+    assert seen == [0, 500, 999]
+    seen.clear()
+    x = engine.sample(model, part, (1, 1, 4, 4))
+    assert seen == [999, 749, 500, 250, 0]
+    seen.clear()
+    assert torch.equal(x, engine.sample(model, linear(), (1, 1, 4, 4), steps=5))
+    for sampler in ("ddpm", "ddim", "dpm++"):
+        a = engine.sample(model, linear(), (1, 1, 4, 4), steps="3,4", sampler=sampler)
+        b = engine.sample(model, linear().respaced("3,4"), (1, 1, 4, 4), sampler=sampler)
+        assert torch.equal(a, b)

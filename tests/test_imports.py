@@ -18,6 +18,8 @@ RANK = {
     "schedules": 0,
     "ops": 1,
     "diffusion": 2,
+    "importance": 0,
+    "likelihood": 1.5,
     "unet": 2,
     "coefficients": 2.5,
     "guidance": 2.5,

@@ -1,5 +1,6 @@
 """Schedules against reference values at nine digits, T = 1000, float64."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,3 +75,73 @@ def test_kept_steps():
     for steps in (0, 1001):
         with pytest.raises(ValueError, match="use 1 … 1000"):
             schedules.kept_steps(1000, steps)
+
+
+def test_respace_golden():
+    assert schedules.respace(1000, 10) == [round(111 * i) for i in range(10)]
+    assert schedules.respace(1000, 25) == schedules.kept_steps(1000, 25)
+    kept = schedules.respace(300, "10,15,20")
+    assert kept[:3] == [0, 11, 22] and kept[9:12] == [99, 100, 107] and kept[-1] == 299
+    assert len(kept) == 45 and kept == schedules.respace(300, [10, 15, 20])
+    assert schedules.respace(300, " 10, 15,20 ") == kept == schedules.kept_steps(300, "10,15,20")
+
+
+def test_respace_adds_up_where_linspace_multiplies():
+    differing = [
+        n
+        for n in range(2, 62)
+        if schedules.respace(1000, n) != np.linspace(0, 999, n).round().astype(int).tolist()
+    ]
+    assert differing == [21, 23, 31, 35, 39, 43, 45, 59, 61]
+    for n in (100, 250, 500, 1000):
+        assert schedules.respace(1000, n) == np.linspace(0, 999, n).round().astype(int).tolist()
+
+
+def test_respace_of_sections():
+    """11 steps in 3 sections: 4, 4 and 3; a section that keeps one keeps its first."""
+    assert schedules.respace(11, [1, 1, 1]) == [0, 4, 8]
+    assert schedules.respace(11, [2, 4, 3]) == [0, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert schedules.respace(11, "4,2,2") == [0, 1, 2, 3, 4, 7, 8, 10]
+    assert schedules.respace(1, 1) == [0] == schedules.respace(1000, 1)
+    for T in (5, 7, 40):
+        assert schedules.respace(T, T) == list(range(T)) == schedules.respace(T, [1] * T)
+
+
+def test_respace_by_a_whole_stride():
+    assert schedules.respace(1000, "ddim50") == list(range(0, 1000, 20))
+    assert schedules.respace(1000, "ddim1000") == list(range(1000))
+    assert schedules.respace(300, "ddim75") == list(range(0, 300, 4))
+    assert schedules.respace(10, "ddim4") == [0, 3, 6, 9]  # ceil(10/3)
+    unreachable = 0
+    for n in range(1, 1001):
+        try:
+            assert len(schedules.respace(1000, f"ddim{n}")) == n
+        except ValueError as error:
+            unreachable += 1
+            assert f"keeps exactly {n} of T=1000 steps; the nearest" in str(error)
+    assert unreachable == 938
+
+
+@pytest.mark.parametrize(
+    "T, sections, sentence",
+    [
+        (300, "", "sections is ''"),
+        (300, "10,", "expected a number of steps, a list"),
+        (300, "10;20", "or text like '10,15,20' or 'ddim50'"),
+        (300, "ddim", "sections is 'ddim'"),
+        (300, "-5", "sections is '-5'"),
+        (300, [], r"sections is \[\]"),
+        (300, [1.5], r"sections is \[1.5\]"),
+        (300, None, "sections is None"),
+        (300, 301, "section 1 of 1 has 300 of the T=300 steps, and 301 shall be kept"),
+        (300, "101,1,1", "section 1 of 3 has 100 .* and 101 shall be kept: give 1 … 100"),
+        (300, "1,0", "section 2 of 2 has 150 .* and 0 shall be kept"),
+        (3, [1] * 4, "4 sections do not fit a diffusion of T=3: give at most 3"),
+        (1000, "ddim999", "the nearest counts are 500 and 1000"),
+        (1, "ddim1", "the nearest counts are none"),
+        (0, 1, "T is 0"),
+    ],
+)
+def test_respace_refuses(T, sections, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        schedules.respace(T, sections)

@@ -1,18 +1,21 @@
 """The loop: it learns, resumes exactly, survives NaN and signals, and leaves its files."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
+import re
 import signal
 import threading
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 
 import engine
-from engine import checkpoint, data
+from engine import checkpoint, data, diffusion
 from engine import train as command
 from engine.train import TrainConfig, train
 from engine.trainer import STREAK, Diverged, Stopped, Trainer
@@ -68,6 +71,120 @@ def test_resume_continues_exactly(work, precision, accumulate):
     different = [k for k in whole if not torch.equal(whole[k], mine[k])]
     assert different == []
     assert [row["step"] for row in rows_of(halves)] == list(range(1, 21))
+
+
+LEARNED = {"preset": "cifar10", "variance": "learned_range", "loss": "hybrid"}
+LOSS_AWARE = {"t_sampler": "loss-aware", "timesteps": 4, "batch": 8}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("half", [5, 10])  # in the warm-up of the t sampler, and after it
+def test_resume_with_a_loss_aware_sampler_continues_exactly(work, capsys, half, accumulate):
+    options = {**LEARNED, **LOSS_AWARE, "loss": "vlb", "accumulate": accumulate, "steps": 16}
+    run = train(config(work, out=work / "whole", **options))
+    told = capsys.readouterr().err
+    assert "t is drawn uniformly until each of the 4 has 10 losses: some 12 steps" in told
+    over = re.search(r"step (\d+): from here on t is drawn in proportion to its loss", told)
+    assert 5 < int(over[1]) < 10  # as the halves assume
+    assert re.search(r"uniform t: [0-3]/4 have 10 losses", told)
+    whole, halves = weights(run), work / "halves"
+    train(config(work, out=halves, **{**options, "steps": half}))
+    train(resumed(halves, steps=16))
+    mine = weights(halves)
+    assert mine.keys() == whole.keys() and "t_sampler.losses" in mine
+    assert [k for k in whole if not torch.equal(whole[k], mine[k])] == []
+    assert whole["t_sampler.counts"].sum() == 16 * 8
+    uniform = weights(
+        train(config(work, out=work / "uniform", **options | {"t_sampler": "uniform"}))
+    )
+    assert not torch.equal(uniform["model.conv_out.weight"], whole["model.conv_out.weight"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_history_gets_the_unweighted_losses_of_the_step(work, accumulate):
+    images = data.open_dataset(str(work / "pictures"), size=8)
+    c = config(work, **LOSS_AWARE, accumulate=accumulate, lr=1e-9)
+    torch.manual_seed(0)
+    model = engine.UNet.from_preset("cifar10", dropout=0.0)
+    trainer = Trainer(c, model, command.new_diffusion(c), images, work)
+    for t in range(4):  # warm, with losses unlike those to come
+        trainer.t_sampler.update(torch.full((10,), t), torch.full((10,), 10.0**-t))
+    trainer.t_sampler.counts.fill_(10)
+    x, y = data.batch(images, 0, 8, seed=0)
+    seen, real = [], trainer.diffusion.loss
+
+    def loss(model, x0, **options):
+        found = real(model, x0, **options)
+        seen.append((options["t"], found.detach()))
+        return found
+
+    trainer.diffusion.loss = loss
+    p = trainer.t_sampler.probabilities()
+    row = trainer.train_step(x, y)
+    t, losses = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert len(seen) == accumulate and len(t) == 8
+    assert (trainer.t_sampler.counts - 10).tolist() == torch.bincount(t, minlength=4).tolist()
+    for step in t.unique().tolist():
+        mine = losses[t == step].double()
+        kept = trainer.t_sampler.losses[step]
+        assert torch.equal(kept[: len(mine)], mine[-10:])
+    assert row["loss"] == pytest.approx((losses / (4 * p[t])).mean().item(), rel=1e-5)
+    assert trainer.drawn == []
+
+
+def test_a_skipped_step_leaves_the_history(work):
+    images = data.open_dataset(str(work / "pictures"), size=8)
+    c = config(work, **LOSS_AWARE)
+    trainer = Trainer(c, engine.UNet.from_preset("cifar10"), command.new_diffusion(c), images, work)
+    x, y = data.batch(images, 0, 8, seed=0)
+    trainer.train_step(x * math.nan, y)
+    assert not trainer.t_sampler.counts.any() and trainer.drawn == []
+    trainer.train_step(x, y)
+    assert trainer.t_sampler.counts.sum() == 8
+
+
+@pytest.mark.parametrize("loss", ["hybrid", "l2_vlb", "vlb", "rescaled_vlb"])
+def test_a_learned_variance_trains_and_draws(work, loss):
+    run = train(config(work, **LEARNED | {"loss": loss}, samples=4, timesteps=4000, steps=3))
+    assert (run / "samples.png").is_file()
+    model, diffusion, _ = engine.load(run)
+    assert model.config["out_channels"] == 2 * model.config["in_channels"]
+    assert (diffusion.variance, diffusion.loss_type, diffusion.T) == ("learned_range", loss, 4000)
+    assert engine.sample(model, diffusion, (1, 1, 8, 8), steps="2,2").isfinite().all()
+    x0 = torch.rand(1, 1, 8, 8) * 2 - 1
+    assert diffusion.respaced(4).bits_per_dim(model, x0).total.isfinite().all()
+
+
+def test_the_bound_falls_while_training(work):
+    """Towards the 8 bits that the random pictures have."""
+    options = {**LEARNED, "loss": "vlb", "batch": 16, "lr": 2e-3, "steps": 60}
+    trained = engine.load(train(config(work, out=work / "long", **options)))
+    fresh = engine.load(train(config(work, out=work / "short", **options | {"steps": 1})))
+    images = data.open_dataset(str(work / "pictures"), size=8)
+    x0, _ = data.batch(images, 0, 8, seed=0)
+    bits = [run[1].bits_per_dim(run[0], x0).total.mean().item() for run in (fresh, trained)]
+    assert 7.5 < bits[1] < bits[0] - 0.15
+
+
+def test_the_command_line_knows_the_losses_of_the_diffusion(work):
+    """The same names, and the same pairs of variance and loss that do not go together."""
+    names = [get_args(get_type_hints(TrainConfig)[name]) for name in ("variance", "loss")]
+    assert names[0] == diffusion.VARIANCES and set(names[1]) == set(diffusion.LOSSES)
+    x0 = torch.zeros(1, 1, 4, 4)
+    for variance, loss in itertools.product(*names):
+        c = config(work, variance=variance, loss=loss, decay=0.0)
+
+        def model(x, t, channels=2 if variance == "learned_range" else 1):
+            return torch.zeros_like(x).repeat(1, channels, 1, 1)
+
+        try:
+            command.new_diffusion(c).loss(model, x0)
+        except ValueError:
+            with pytest.raises(ValueError, match="--variance learned_range"):
+                train(c)
+        else:
+            command.validate(c)
+    assert not (work / "run").exists()
 
 
 def test_accumulation_is_the_mean_over_the_batch(work, monkeypatch):
