@@ -23,7 +23,7 @@ RANK = {
     "unet": 2,
     "coefficients": 2.5,
     "guidance": 2.5,
-    "samplers": 3,
+    "samplers": 3.5,
     "cli": 1,
     "metrics": 0,
     "fashion_mnist": 2,
