@@ -35,10 +35,17 @@ class SampleConfig:
     """Picture to write, PNG; an existing one is replaced, a missing folder made."""
     n: int = 64
     """Number of samples."""
-    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddim"
-    """Sampler: ddpm is ancestral; ddim is deterministic with --eta 0; dpm++ needs fewest steps."""
-    steps: Annotated[int | None, cli.left_out("50 for ddim, 20 for dpm++, all T for ddpm")] = None
+    sampler: Literal["ddpm", "ddim", "dpm++", "heun"] = "ddim"
+    """Sampler: ddpm is ancestral; ddim is deterministic with --eta 0; dpm++ needs fewest calls of
+    the network; heun calls it twice a step."""
+    steps: Annotated[
+        int | None, cli.left_out("50 for ddim, 20 for dpm++, 18 for heun, all T for ddpm")
+    ] = None
     """Steps of the reverse process, at most the T that the model was trained with."""
+    spacing: Annotated[
+        Literal["uniform", "karras"] | None, cli.left_out("karras for heun, else uniform")
+    ] = None
+    """How the steps are spread: evenly over t, or as Karras et al. 2022 do, denser at low noise."""
     eta: float = 0.0
     """Noise of ddim, from 0, none, to 1, as much as ddpm's."""
     seed: int = 0
@@ -47,6 +54,13 @@ class SampleConfig:
     """Clip x0 to [-1, 1] in every step."""
     label: Annotated[int | None, cli.left_out("all classes in turn")] = None
     """Number of the class to draw, of a class-conditional model."""
+    guidance: Annotated[float | None, cli.left_out("none")] = None
+    """Scale of classifier-free guidance, of a class-conditional model that was trained with label
+    dropout: 1 is the model as it is, more gives clearer classes and less variety."""
+    classifier: Annotated[Path | None, cli.left_out("none", "RUN")] = None
+    """Run of a noisy classifier that guides to the labels; the model may be unconditional."""
+    classifier_scale: Annotated[float | None, cli.left_out("1")] = None
+    """Scale of the classifier's gradient."""
     strip: Annotated[Path | None, cli.left_out("no strip")] = None
     """Picture to write, PNG, with the way x_T … x_0 of the first 8 samples."""
     batch: int = 64
@@ -71,13 +85,28 @@ def command(args: Sequence[str] | None) -> None:
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     model, diffusion, info = load(config.run, device=device)
-    usual = {"ddim": 50, "dpm++": 20}.get(config.sampler, diffusion.T)
+    usual = {"ddim": 50, "dpm++": 20, "heun": 18}.get(config.sampler, diffusion.T)
     steps = config.steps or min(usual, diffusion.T)
     if steps > diffusion.T:
         raise ValueError(
             f"--steps {steps} is more than the {diffusion.T} steps that the model was trained with"
         )
-    labels = choose_labels(config, model.config.get("num_classes"), info.get("classes", []))
+    classifier, classes = None, model.config.get("num_classes")
+    if config.guidance is not None and classes is None:
+        raise ValueError(
+            "--guidance needs a class-conditional model; this one was trained without --classes"
+        )
+    if config.classifier is not None:
+        from .checkpoint import load_classifier
+
+        classifier = load_classifier(config.classifier, device=device)
+        classes = check_classifier(config, model.config, classifier.config)
+        if not torch.equal(classifier.diffusion.betas, diffusion.betas):
+            raise ValueError(
+                f"--classifier {config.classifier} was trained on another noise schedule than the "
+                "model: train it with the same --schedule and --timesteps"
+            )
+    labels = choose_labels(config, classes, info.get("classes", []))
     for name, path in (("out", config.out), ("strip", config.strip)):
         if path is not None:
             cli.make_writable(path.absolute().parent, f"--{name}")
@@ -93,10 +122,16 @@ def command(args: Sequence[str] | None) -> None:
                 (count, model.config["in_channels"], size, size),
                 sampler=config.sampler,
                 steps=steps,
+                spacing=config.spacing,
                 eta=config.eta,
                 seed=config.seed,
                 clip=config.clip,
                 y=None if labels is None else labels[start : start + count].to(device),
+                guidance=config.guidance,
+                classifier=classifier,
+                classifier_scale=1.0
+                if config.classifier_scale is None
+                else config.classifier_scale,
                 progress=True,
                 offset=start,
                 **({"trajectory": wanted} if wanted else {}),
@@ -122,6 +157,8 @@ def check(config: SampleConfig) -> None:
         raise ValueError(f"--eta must lie in 0 … 1, not {config.eta}")
     if config.eta and config.sampler != "ddim":
         raise ValueError(f"--eta {config.eta} goes with --sampler ddim only: leave it out")
+    if config.classifier is None and config.classifier_scale is not None:
+        raise ValueError("--classifier-scale goes with --classifier only: leave it out")
     if not -(2**63) <= config.seed < 2**63:
         raise ValueError(f"--seed must fit 64 bits, not {config.seed}")
     for name, path in (("out", config.out), ("strip", config.strip)):
@@ -131,14 +168,28 @@ def check(config: SampleConfig) -> None:
             raise ValueError(f"--{name} {path}: give the name of a .png file")
 
 
+def check_classifier(config: SampleConfig, model: dict, classifier: dict) -> int:
+    """How many classes the classifier knows. Raises ValueError if its images are not the model's,
+    or its classes not those of a class-conditional one."""
+    for name in ("image_size", "in_channels", "num_classes"):
+        mine, its = model.get(name), classifier.get(name)
+        if mine != its and not (name == "num_classes" and mine is None):
+            raise ValueError(
+                f"--classifier {config.classifier} was trained with {name} {its}, "
+                f"the model with {mine}: use one of the same data"
+            )
+    return classifier["num_classes"]
+
+
 def choose_labels(config: SampleConfig, classes: int | None, names: Sequence[str]):
-    """y (n,) int64 for a class-conditional model, else None."""
+    """y (n,) int64 for a class-conditional model or a classifier, else None."""
     import torch
 
     if classes is None:
         if config.label is not None:
             raise ValueError(
-                "--label needs a class-conditional model; this one was trained without --classes"
+                "--label needs a class-conditional model or a --classifier; "
+                "this model was trained without --classes"
             )
         return None
     if config.label is None:

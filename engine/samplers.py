@@ -1,81 +1,29 @@
-"""Samplers as rows of coefficients and one loop: a network call and a fused step, T times.
+"""One loop for every sampler: a network call and a fused step, T times.
 
-Every sampler here is linear in (x̂_0, x_t, z) and, for two-step ones, the x̂_0 of the step before:
-x_next = c·x̂_0 + d·x_t + e·x̂_0' + s·z with x̂_0 = clip(a·x_t + b·model_out). A row per step,
-(a, b, c, d, s, e, g0, g1, lo, hi) of ops.reverse_step, is all that the kernel needs.
+Every sampler here is linear in (x̂_0, x_t, z) and, for two-step ones, the x̂_0 of the call before:
+x_next = c·x̂_0 + d·x_t + e·x̂_0' + s·z with x̂_0 = clip(a·x_t + b·model_out). A row per call
+(coefficients.py) is all that the kernel needs.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-from . import ops, schedules
+from . import ops
+from .coefficients import SAMPLERS, SPACINGS, coefficients
 from .device import usable_device
-from .diffusion import Diffusion, check_output, log_variance_range, posterior_rows
+from .diffusion import Diffusion
+from .guidance import class_gradient, find_null_label, network, takes_labels
+from .unet import UNet
 
-SAMPLERS = ("ddpm", "ddim", "dpm++")
-
-
-def coefficients(
-    diffusion: Diffusion, sampler: str = "ddpm", steps: int | str | None = None, eta: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """→ the model's t (n,) int64 descending, rows (n, 10) float64; no noise in the last.
-
-    ddpm   posterior mean and σ_t z, over the kept steps (Ho et al. 2020, alg. 2; skipping as in
-           Nichol & Dhariwal 2021, eq. 19). (lo, hi) = (log β̃_t, log β_t) and s = g1 = 1 where the
-           network learned the variance, else zeros and g1 = σ_t² (Dhariwal & Nichol 2021, alg. 1)
-    ddim   Song et al. 2021, eq. 12, with σ = η √((1−ᾱ')/(1−ᾱ)) √(1−ᾱ/ᾱ') and ε from the clipped
-           x̂_0; g0 = (1−ᾱ)/√ᾱ takes √(1−ᾱ)·grad off ε (alg. 2 there), as for dpm++
-    dpm++  DPM-Solver++(2M) (Lu et al. 2022, alg. 2): with λ = log(√ᾱ/√(1−ᾱ)), h = λ' − λ, r = h of
-           the step before / h, D = (1 + 1/2r) x̂_0 − 1/2r x̂_0 of the step before,
-           x' = √((1−ᾱ')/(1−ᾱ)) x − √ᾱ' (e^−h − 1) D; D = x̂_0 in the first step and the last
-    Raises ValueError for an unknown sampler, a step count outside 1 … T, or eta outside [0, 1].
-    """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}")
-    if not isinstance(eta, Real) or not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta!r}, expected 0 (deterministic) … 1 (as noisy as ddpm)")
-    if eta and sampler != "ddim":
-        raise ValueError(
-            f"eta is {eta}, but {sampler} has none: use sampler='ddim', or leave eta at 0"
-        )
-    t = torch.tensor(schedules.kept_steps(diffusion.T, diffusion.T if steps is None else steps))
-    alpha_bar = diffusion.alpha_bar[t]
-    alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-    a, b = (row[t] for row in diffusion.x0_rows())
-    e, g0, g1, lo, hi = torch.zeros(5, len(t), dtype=torch.float64)
-    if sampler == "ddpm":
-        c, d, variance = posterior_rows(alpha_bar, alpha_bar_prev, diffusion.variance)
-        s, g1 = variance.sqrt(), variance
-        if diffusion.variance == "learned_range":
-            lo, hi = log_variance_range(alpha_bar, alpha_bar_prev)
-            s = g1 = torch.ones_like(s)
-    else:
-        g0 = (1 - alpha_bar) / alpha_bar.sqrt()
-        ratio = (1 - alpha_bar_prev) / (1 - alpha_bar)
-        s = eta * ratio.sqrt() * (1 - alpha_bar / alpha_bar_prev).sqrt()
-    if sampler == "ddim":
-        # √(1−ᾱ'−σ²)·ε with ε = (x_t − √ᾱ x̂_0)/√(1−ᾱ), sorted by x̂_0 and x_t
-        direction = (1 - alpha_bar_prev - s**2).clamp(min=0).sqrt()
-        d = direction / (1 - alpha_bar).sqrt()
-        c = alpha_bar_prev.sqrt() - d * alpha_bar.sqrt()
-    elif sampler == "dpm++":
-        d = ratio.sqrt()
-        log_snr = 0.5 * (alpha_bar / (1 - alpha_bar)).log()
-        h = torch.cat([torch.tensor([math.inf], dtype=torch.float64), -log_snr.diff()])
-        weight = torch.zeros_like(h)  # 1/2r
-        weight[1:-1] = h[1:-1] / (2 * h[2:])
-        e = alpha_bar_prev.sqrt() * torch.expm1(-h) * weight
-        c = -alpha_bar_prev.sqrt() * torch.expm1(-h) - e
-    s = torch.where(torch.arange(len(t)) == 0, 0.0, s)
-    return diffusion.model_steps(t).flip(0), torch.stack(
-        [a, b, c, d, s, e, g0, g1, lo, hi], dim=1
-    ).flip(0)
+__all__ = ["SAMPLERS", "SPACINGS", "coefficients", "sample"]
+TWO_STEP = ("dpm++", "heun")  # their rows use the x̂_0 of the call before
 
 
 def sample(
@@ -96,63 +44,100 @@ def sample(
     dynamic_threshold: float | None = None,
     graph: bool | str = "auto",
     impl: str = "auto",
+    guidance: float | None = None,
+    null_label: int | None = None,
+    classifier: Callable | None = None,  # classifier(x, t) → (N, K) logits
+    classifier_scale: float = 1.0,
+    noise: Tensor | Callable | None = None,
+    model_dtype: torch.dtype | str | None = "auto",
+    spacing: str | None = None,
+    s_churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = math.inf,
+    s_noise: float = 1.0,
 ) -> Tensor | tuple[Tensor, list[Tensor]]:
     """Draws images x_0 (N, C, H, W) float32 by running the reverse process from x_T ~ N(0, I).
 
-    sampler  "ddpm" (Ho et al. 2020, alg. 2), "ddim" (Song et al. 2021, eq. 12) or "dpm++"
-             (DPM-Solver++(2M), Lu et al. 2022, alg. 2)
-    steps    network calls, evenly spaced over T, or text for schedules.respace; all T unless given
+    sampler  "ddpm" (Ho et al. 2020, alg. 2), "ddim" (Song et al. 2021, eq. 12), "dpm++"
+             (DPM-Solver++(2M), Lu et al. 2022, alg. 2) or "heun" (Karras et al. 2022, alg. 2)
+    steps    network calls, evenly spaced over T, or text for schedules.respace; all T unless given;
+             heun makes 2·steps − 1
+    spacing  "uniform" in t, or "karras" in σ, where t is float32, between whole steps; "karras" for
+             heun unless given, "uniform" for the others (coefficients.py)
     eta      ddim's noise: 0 none, 1 as much as ddpm
+    s_churn, s_min, s_max, s_noise  heun's noise: S_churn … of alg. 2; none unless given
     seed     with shape, the whole of the randomness: the same images on every device's noise
     clip     keep each x̂_0 in [−1, 1]
-    y        (N,) class labels for a class-conditional model
+    y        (N,) class labels for a class-conditional model, or for a classifier: a U-Net without
+             classes is then called without; wrap any other as lambda x, t, y: net(x, t)
+    guidance   scale s of classifier-free guidance, ε = ε_u + s(ε_c − ε_u) (Ho & Salimans 2022, s =
+             1 + their w): 0 unconditional, 1 conditional, more for clearer classes and less
+             variety; above 0, each call is of the doubled batch. ε_u is that of `null_label`, the
+             model's own (trained with label dropout) unless given. A learned variance is ε_c's
+    classifier  guides to y with s·∇ log p(y | x_t), s = classifier_scale (Dhariwal & Nichol 2021):
+             ddpm adds s σ_t² ∇ to the mean (alg. 1), the others take s √(1−ᾱ) ∇ off ε (alg. 2)
+    noise    in place of seed: (steps + 1, N, C, H, W), or a function k → (N, C, H, W). 0 is x_T, k
+             the z of step k; the last is not used
     trajectory  also return this many states (2 or more; at most steps + 1), from x_T to x_0
     offset   global index of the first sample: batches of a run give the images of one large batch
     dynamic_threshold  in place of clip: quantile of |x̂_0|, 0 … 1 (Saharia et al. 2022, §2.3)
+    model_dtype  the state is float32; the step also writes it in this dtype for the network, which
+             saves the network's cast. "auto": what a UNet casts to under autocast, or its weights;
+             other models get float32
     graph    True: capture one step, network included, in a CUDA graph and replay it; a model that
              cannot be captured runs as ever, with a warning. The images stay the same. "auto" does
              not until a committed result shows it right and faster on a GPU; needs CUDA
 
-    Nothing in the loop waits for the device: progress counts the steps that were launched.
+    Nothing in the loop waits for the device: progress counts the calls that were launched.
     The model runs as it is (precision, layout), in eval mode and without gradients.
     Raises ValueError for bad names, step counts, shapes and devices.
     """
-    if not isinstance(trajectory, int) or trajectory == 1 or trajectory < 0:
-        raise ValueError(f"trajectory is {trajectory}, expected 0 (none) or 2 and more states")
-    counts = isinstance(shape, Sequence) and all(isinstance(n, Integral) for n in shape)
-    if not counts or len(shape) < 2 or min(shape) < 0:
-        raise ValueError(f"shape is {shape!r}, expected (N, C, H, W)")
-    if y is not None and (not isinstance(y, Tensor) or y.shape[:1] != (shape[0],)):
-        found = tuple(y.shape) if isinstance(y, Tensor) else repr(y)
-        raise ValueError(f"y is {found}, expected ({shape[0]},) class labels, one per image")
+    _check(shape, trajectory, y, classifier, classifier_scale)
     if device is None:
         parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
         device = next((p.device for p in parameters), torch.device("cpu"))
     else:
         device = usable_device(device)
     capturing = _wants_graph(graph, device)
-    times, rows = coefficients(diffusion, sampler, steps, eta)
+    churn = {"s_churn": s_churn, "s_min": s_min, "s_max": s_max, "s_noise": s_noise}
+    times, rows = coefficients(diffusion, sampler, steps, eta, spacing=spacing, **churn)
+    calls = 2 if sampler == "heun" else 1  # network calls a step
+    n_steps = (len(rows) + calls - 1) // calls
+    null_label = find_null_label(model, y, guidance, null_label)
+    model_dtype = _model_dtype(model, device, model_dtype)
     first = offset * torch.Size(shape[1:]).numel()
-    stops = _stops(len(times), trajectory)
-    was_training = getattr(model, "training", False)
-    if was_training:
-        model.eval()
+    stops = _stops(n_steps, trajectory)
+    z = _injected(noise, shape, n_steps, device)
+    evaluated = [m for m in (model, classifier) if getattr(m, "training", False)]
+    for m in evaluated:
+        m.eval()
     try:
-        with torch.inference_mode():
-            x = ops.noise(seed, 0, ops.INITIAL_NOISE, shape, device=device, offset=first, impl=impl)
+        # inference_mode makes tensors that a classifier's backward pass could not save.
+        with torch.inference_mode(classifier is None), torch.no_grad():
+            if z is None:
+                start = (seed, 0, ops.INITIAL_NOISE, shape)
+                x = ops.noise(*start, device=device, offset=first, impl=impl)
+            else:
+                x = z(0).clone(memory_format=torch.contiguous_format)
+            labels = y if classifier is None or takes_labels(model) else None
             step = _Step(
-                model,
-                y,
-                times.to(device),
+                network(model, labels, null_label),
+                None
+                if classifier is None
+                else partial(class_gradient, classifier, y=y, scale=classifier_scale),
+                times.to(device, None if times.dtype == torch.int64 else torch.float32),
                 rows.to(device=device, dtype=torch.float32),
                 counter=torch.zeros(1, dtype=torch.int64, device=device),
-                key=torch.tensor(seed, dtype=torch.int64, device=device),
-                two_step=sampler == "dpm++",
+                key=torch.tensor(seed, dtype=torch.int64, device=device) if z is None else None,
+                noise=None if z is None else torch.zeros_like(x),
+                two_step=sampler in TWO_STEP,
                 options={
                     "clip": 1.0 if clip or dynamic_threshold is not None else None,
                     "dynamic_threshold": dynamic_threshold,
                     "learned_range": diffusion.variance == "learned_range",
+                    "guidance": 1.0 if null_label is None else float(guidance),
                     "offset": first,
+                    "model_dtype": model_dtype,
                     "impl": impl,
                 },
             )
@@ -160,12 +145,16 @@ def sample(
             loop = loop or _Plain(step, x)
             states = [x] if stops else []
             for i in _progress(range(len(times)), progress):
+                k = -(-(i + 1) // calls)  # the step that this call belongs to
+                ends = (i + 1) % calls == 0 or k == n_steps
+                if z is not None and ends and k < n_steps:
+                    step.noise.copy_(z(k))
                 loop.advance()
-                if i + 1 in stops:
+                if ends and k in stops:
                     states.append(loop.x.clone())
     finally:
-        if was_training:
-            model.train()
+        for m in evaluated:
+            m.train()
     # Out of inference mode, so that the images can be used anywhere, training included.
     x = loop.x.clone()
     return (x, [s.clone() for s in states]) if trajectory else x
@@ -175,66 +164,87 @@ def sample(
 class _Step:
     """One step of the loop. Where it stands, counter, is on the device: a replay moves it too."""
 
-    model: Callable
-    y: Tensor | None
-    times: Tensor  # (n,) int64
+    network: Callable  # (x, t) → output, output without the condition or None
+    gradient: Callable | None  # (x, t) → a classifier's
+    times: Tensor  # (n,) int64 or float32
     rows: Tensor  # (n, 10) float32
     counter: Tensor  # (1,) int64
-    key: Tensor  # () int64
+    key: Tensor | None  # () int64
+    noise: Tensor | None  # like x, in place of key: the z of this step
     two_step: bool
     options: dict
 
-    def __call__(self, x: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def start(self, x: Tensor) -> list[Tensor | None]:
+        """The loop's state: x; x as the network takes it, if not as it is; x̂_0 of the call before,
+        whose first coefficient is 0."""
+        dtype = self.options["model_dtype"]
+        return [
+            x,
+            None if dtype is None else x.to(dtype),
+            torch.zeros_like(x) if self.two_step else None,
+        ]
+
+    def __call__(self, x: Tensor, model_in: Tensor | None, x0: Tensor | None) -> list:
         t = self.times.index_select(0, self.counter).expand(x.shape[0])
-        out = check_output(self.model(x, t) if self.y is None else self.model(x, t, self.y))
+        out, uncond = self.network(x if model_in is None else model_in, t)
         found = ops.reverse_step(
             x,
             out,
             self.rows,
             self.counter,
             key=self.key,
+            noise=self.noise,
+            uncond=uncond,
+            grad=None if self.gradient is None else self.gradient(x, t),
             x0_prev=x0,
             return_x0=self.two_step,
             **self.options,
         )
         self.counter.add_(1)
-        return found if self.two_step else (found, None)
+        x, *more = found if isinstance(found, tuple) else (found,)
+        x0 = more.pop(0) if self.two_step else None
+        return [x, more[0] if more else None, x0]
 
 
 class _Plain:
     """The loop as it reads."""
 
     def __init__(self, step: _Step, x: Tensor) -> None:
-        self.step, self.x = step, x
-        self.x0 = torch.zeros_like(x) if step.two_step else None  # its first coefficient is 0
+        self.step, self.state = step, step.start(x)
+
+    @property
+    def x(self) -> Tensor:
+        return self.state[0]
 
     def advance(self) -> None:
-        self.x, self.x0 = self.step(self.x, self.x0)
+        self.state = self.step(*self.state)
 
 
 class _Static:
     """The same on memory that stays where it is, as a captured step needs it."""
 
     def __init__(self, step: _Step, x: Tensor) -> None:
-        self.step, self.start, self.x = step, x, x.clone()
-        self.x0 = torch.zeros_like(x) if step.two_step else None
-        self.graph = None
+        self.step, self.begin, self.graph = step, x, None
+        self.state = step.start(x.clone())
+
+    @property
+    def x(self) -> Tensor:
+        return self.state[0]
 
     def advance(self) -> None:
         self.graph.replay()
 
     def run(self) -> None:
         """One step: what is captured."""
-        x, x0 = self.step(self.x, self.x0)
-        self.x.copy_(x)
-        if x0 is not None:
-            self.x0.copy_(x0)
+        for mine, new in zip(self.state, self.step(*self.state), strict=True):
+            if mine is not None:
+                mine.copy_(new)
 
     def rewind(self) -> None:
         self.step.counter.zero_()
-        self.x.copy_(self.start)
-        if self.x0 is not None:
-            self.x0.zero_()
+        for mine, new in zip(self.state, self.step.start(self.begin), strict=True):
+            if mine is not None:
+                mine.copy_(new)
 
     def captured(self) -> "_Static | None":
         """self, ready to replay; None, after a warning, where the step cannot be captured."""
@@ -272,6 +282,68 @@ def _wants_graph(graph: bool | str, device: torch.device) -> bool:
     if graph is True and device.type != "cuda":
         raise ValueError(f"graph=True needs a CUDA device, not {device}: leave graph out")
     return graph is True  # no committed result yet: "auto" does not
+
+
+def _check(shape, trajectory, y, classifier, classifier_scale) -> None:
+    if not isinstance(trajectory, int) or trajectory == 1 or trajectory < 0:
+        raise ValueError(f"trajectory is {trajectory}, expected 0 (none) or 2 and more states")
+    counts = isinstance(shape, Sequence) and all(isinstance(n, Integral) for n in shape)
+    if not counts or len(shape) < 2 or min(shape) < 0:
+        raise ValueError(f"shape is {shape!r}, expected (N, C, H, W)")
+    if y is not None and (not isinstance(y, Tensor) or y.shape[:1] != (shape[0],)):
+        found = tuple(y.shape) if isinstance(y, Tensor) else repr(y)
+        raise ValueError(f"y is {found}, expected ({shape[0]},) class labels, one per image")
+    if classifier is None:
+        return
+    if y is None or y.shape != (shape[0],) or y.dtype != torch.int64:
+        found = "nothing" if y is None else f"{tuple(y.shape)} {y.dtype}"
+        raise ValueError(f"a classifier guides to y: y is {found}, expected ({shape[0]},) int64")
+    if isinstance(classifier_scale, bool) or not isinstance(classifier_scale, Real):
+        raise ValueError(f"classifier_scale is {classifier_scale!r}, expected a number")
+
+
+def _injected(noise, shape: tuple, n_steps: int, device: torch.device) -> Callable | None:
+    """k → (N, C, H, W) float32 on the device; None for keyed noise."""
+    if noise is None:
+        return None
+    if isinstance(noise, Tensor):
+        if noise.shape != (n_steps + 1, *shape):
+            raise ValueError(
+                f"noise is {tuple(noise.shape)}, expected {(n_steps + 1, *shape)}: x_T, and z of "
+                "each step"
+            )
+        noise = noise.__getitem__
+    elif not callable(noise):
+        raise ValueError(f"noise is {type(noise).__name__}, expected a tensor or a function")
+
+    def draw(k: int) -> Tensor:
+        z = noise(k)
+        if not isinstance(z, Tensor) or z.shape != tuple(shape):
+            found = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"noise({k}) is {found}, expected {tuple(shape)}")
+        return z.to(device, torch.float32)
+
+    return draw
+
+
+def _model_dtype(
+    model: Callable, device: torch.device, wanted: torch.dtype | str | None
+) -> torch.dtype | None:
+    """What the network is given in place of the float32 state; None: the state itself."""
+    if wanted == "auto":
+        net = getattr(model, "_orig_mod", model)  # torch.compile keeps the model there
+        if not isinstance(net, UNet):
+            return None  # it may do more with x than convolve it
+        if torch.is_autocast_enabled(device.type):
+            wanted = torch.get_autocast_dtype(device.type)
+        else:
+            wanted = net.conv_in.weight.dtype
+        return wanted if wanted in (torch.bfloat16, torch.float16) else None
+    if wanted not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"model_dtype is {wanted!r}, expected torch.float32, bfloat16, float16, None or 'auto'"
+        )
+    return None if wanted == torch.float32 else wanted
 
 
 def _stops(n_steps: int, trajectory: int) -> set[int]:

@@ -23,11 +23,15 @@ def zero(x, t):
 
 def perfect(process: engine.Diffusion, x0: torch.Tensor):
     """A network that knows the image: it returns exactly what it should have predicted."""
+    log_sigma = ((1 - process.alpha_bar) / process.alpha_bar).log() / 2
 
     def model(x, t):
-        a = process.alpha_bar.float()[t].reshape(-1, 1, 1, 1)
+        low = t.floor().long().clamp(max=process.T - 2)
+        sigma = torch.lerp(log_sigma[low], log_sigma[low + 1], t.double() - low).exp()
+        a = (1 / (1 + sigma**2)).float().reshape(-1, 1, 1, 1)
         eps = (x - a.sqrt() * x0) / (1 - a).sqrt()
-        return process.target(x0.expand_as(x), t, eps)
+        v = a.sqrt() * eps - (1 - a).sqrt() * x0
+        return {"eps": eps, "x0": x0.expand_as(x), "v": v}[process.prediction]
 
     return model
 
@@ -35,40 +39,16 @@ def perfect(process: engine.Diffusion, x0: torch.Tensor):
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 @pytest.mark.parametrize(
     "sampler, steps",
-    [("ddpm", None), ("ddpm", 10), ("ddim", 10), ("ddim", 1), ("dpm++", 10), ("dpm++", 1)],
+    [
+        *(("ddpm", None), ("ddpm", 10), ("ddim", 10), ("ddim", 1), ("dpm++", 10), ("dpm++", 1)),
+        *(("heun", 10), ("heun", 1)),
+    ],
 )
 def test_a_perfect_network_gives_the_image(prediction, sampler, steps):
     process = diffusion(prediction=prediction)
     x0 = torch.rand(1, 1, 4, 4) * 1.8 - 0.9
     found = engine.sample(perfect(process, x0), process, SHAPE, sampler=sampler, steps=steps)
     assert torch.allclose(found, x0.expand(SHAPE), atol=2e-3)
-
-
-def test_ddpm_rows_are_the_posterior():
-    process = diffusion(variance="large")
-    times, rows = samplers.coefficients(process, "ddpm")
-    one, zeros = torch.ones(100, 1, dtype=torch.float64), torch.zeros(100, 1, dtype=torch.float64)
-    assert torch.allclose(rows[:, 2:3], process.posterior(one, zeros, times)[0])
-    assert torch.allclose(rows[:, 3:4], process.posterior(zeros, one, times)[0])
-    assert torch.allclose(rows[:-1, 4:5] ** 2, process.posterior(one, one, times)[1][:-1])
-    assert rows[-1, 4] == 0
-
-
-def test_ddim_with_eta_one_is_as_noisy_as_ddpm():
-    for steps in (None, 10):
-        ddim = samplers.coefficients(diffusion(), "ddim", steps, eta=1.0)[1]
-        ddpm = samplers.coefficients(diffusion(), "ddpm", steps)[1]
-        assert torch.allclose(ddim[:, :5], ddpm[:, :5], atol=1e-13)
-
-
-def test_ddim_golden():
-    process = engine.Diffusion(schedules.betas("linear", 1000))
-    times, rows = samplers.coefficients(process, "ddim")
-    for t, value in ((0, 0.497524877), (1, 0.498822437), (999, 0.500064294)):
-        a, b, c, d, s = rows[999 - t, :5]
-        assert times[999 - t] == t and s == 0
-        x0 = (a * 0.5 + b * 0.25).clamp(-1, 1)
-        assert (c * x0 + d * 0.5).item() == pytest.approx(value, abs=1e-9)
 
 
 def curved(x, t):
@@ -135,83 +115,6 @@ def test_a_dynamic_threshold_bounds_the_images():
     assert images.abs().max() <= 1 and not torch.equal(images, static)
 
 
-# ---- The step on static buffers -----------------------------------------------------------------
-
-
-class Replayed:
-    """Stands in for a CUDA graph: what was captured, run again on the same memory."""
-
-    def __init__(self, run, rewind, warm_ups=3):
-        for _ in range(warm_ups):
-            rewind()
-            run()
-        self.run, self.replays, self.memory = run, 0, None
-
-    def replay(self):
-        loop = self.run.__self__
-        memory = [t.data_ptr() for t in (loop.x, loop.x0, loop.step.counter) if t is not None]
-        self.memory = self.memory or memory
-        assert memory == self.memory
-        self.replays += 1
-        self.run()
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """graph=True on this device; the graphs that were captured."""
-    made = []
-    monkeypatch.setattr(samplers, "_wants_graph", lambda graph, device: graph is True)
-    monkeypatch.setattr(
-        samplers, "_capture", lambda run, rewind: made.append(Replayed(run, rewind)) or made[-1]
-    )
-    return made
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(sampler="ddpm"),
-        dict(sampler="ddpm", steps=2),
-        dict(sampler="ddim", eta=0.7, offset=5),
-        dict(sampler="dpm++", steps=9, progress=True),
-        dict(sampler="dpm++", steps=1, dynamic_threshold=0.9),
-        dict(sampler="ddpm", y=torch.tensor([0, 1, 2]), clip=False),
-        dict(variance="learned_range", steps=8),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("impl", ["eager", "native"])
-def test_replays_give_the_images_of_the_plain_loop(graphs, impl, options):
-    variance = options.get("variance", "small")
-    options = {k: v for k, v in options.items() if k != "variance"} | dict(seed=4, impl=impl)
-
-    def model(x, t, y=None):
-        out = curved(x, t) if y is None else curved(x, t) * y.reshape(-1, 1, 1, 1)
-        return torch.cat([out, out], 1) if variance == "learned_range" else out
-
-    process = diffusion(25, variance=variance)
-    plain, states = engine.sample(model, process, SHAPE, trajectory=2, **options)
-    assert not graphs
-    found, others = engine.sample(model, process, SHAPE, trajectory=2, graph=True, **options)
-    assert torch.equal(found, plain) and graphs[0].replays == options.get("steps", 25)
-    assert all(torch.equal(a, b) for a, b in zip(states, others, strict=True))
-    states = engine.sample(model, process, SHAPE, trajectory=9, **options)[1]
-    others = engine.sample(model, process, SHAPE, trajectory=9, graph=True, **options)[1]
-    assert all(torch.equal(a, b) for a, b in zip(states, others, strict=True))
-
-
-def test_a_step_that_cannot_be_captured_runs_as_ever(graphs, monkeypatch):
-    def refuse(run, rewind):
-        run()  # half a warm-up leaves its traces
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-    monkeypatch.setattr(samplers, "_capture", refuse)
-    plain = engine.sample(curved, diffusion(25), SHAPE)
-    with pytest.warns(UserWarning, match="without a CUDA graph: .*when stream is capturing.$"):
-        found = engine.sample(curved, diffusion(25), SHAPE, graph=True)
-    assert torch.equal(found, plain)
-
-
 def test_nothing_in_the_loop_waits_for_the_device(monkeypatch):
     """No value of a tensor is read back: on a GPU each reading would wait."""
 
@@ -229,7 +132,7 @@ def test_nothing_in_the_loop_waits_for_the_device(monkeypatch):
                 return torch.zeros_like(x)
 
             engine.sample(model, diffusion(25), SHAPE, sampler=sampler, steps=5, progress=True)
-    assert len(calls) == 15
+    assert len(calls) == 5 + 5 + 5 + 9  # heun calls twice a step, once in the last
 
 
 def test_seeds():
@@ -301,6 +204,20 @@ def test_labels_and_modes():
     "kwargs, sentence",
     [
         (dict(sampler="euler"), "expected one of ddpm, ddim, dpm"),
+        (dict(spacing="even"), "spacing is 'even', expected one of uniform, karras, or None"),
+        (dict(sampler="heun", eta=0.5), "heun has none"),
+        (dict(s_churn=1.0), "s_churn is 1.0, but ddpm has none: use sampler='heun'"),
+        (dict(sampler="heun", s_noise=-1), "s_noise is -1, expected a number, 0 or more"),
+        (dict(sampler="heun", s_max=math.nan), "s_max is nan, expected a number, 0 or more"),
+        (
+            dict(noise=torch.zeros(25, *SHAPE)),
+            r"noise is \(25, 3, 1, 4, 4\), expected \(26, 3, 1, 4",
+        ),
+        (dict(noise=lambda k: torch.zeros(3)), r"noise\(0\) is \(3,\), expected \(3, 1, 4, 4\)"),
+        (dict(noise=lambda k: None), r"noise\(0\) is NoneType, expected \(3, 1, 4, 4\)"),
+        (dict(noise=7), "noise is int, expected a tensor or a function"),
+        (dict(model_dtype="bf16"), "model_dtype is 'bf16', expected torch.float32, bfloat16"),
+        (dict(model_dtype=torch.float64), "model_dtype is torch.float64, expected"),
         (dict(sampler="dpm++", eta=0.5), r"dpm\+\+ has none"),
         (dict(graph=True), "graph=True needs a CUDA device, not cpu"),
         (dict(graph="always"), "graph is 'always', expected True, False or 'auto'"),
@@ -329,6 +246,75 @@ def test_bad_input(kwargs, sentence):
     kwargs = dict(model=zero, diffusion=diffusion(25), shape=SHAPE) | kwargs
     with pytest.raises(ValueError, match=sentence):
         engine.sample(**kwargs)
+
+
+# ---- The dtype of the network's input ------------------------------------------------------------
+
+
+def unet(**options):
+    torch.manual_seed(0)
+    net = engine.UNet(
+        **dict(image_size=8, in_channels=1, model_channels=16, channel_mult=(1, 2), num_groups=4),
+        **options,
+    )
+    torch.nn.init.normal_(net.conv_out.weight, std=0.2)  # it starts at zero
+    net.seen = []
+    net.register_forward_pre_hook(lambda net, args: net.seen.append(args[0].dtype))
+    return net.eval()
+
+
+@pytest.mark.parametrize("impl", ["eager", "native"])
+@pytest.mark.parametrize("sampler, steps", [("ddpm", 4), ("ddim", 3), ("dpm++", 3), ("heun", 3)])
+def test_the_step_casts_for_the_network_without_a_change(sampler, steps, impl):
+    """The same bits as with the cast in the network: under autocast, and with bf16 weights."""
+    net = unet(num_classes=3)
+    options = dict(sampler=sampler, steps=steps, impl=impl, y=torch.tensor([0, 1]))
+    options |= dict(guidance=2.0, null_label=2) if sampler == "ddim" else {}
+
+    def draw(model, **more):
+        net.seen.clear()
+        return engine.sample(model, diffusion(25), (2, 1, 8, 8), **options, **more)
+
+    plain = draw(net)
+    assert set(net.seen) == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = draw(net)
+        assert set(net.seen) == {torch.bfloat16}
+        expected = draw(net, model_dtype=None)
+        assert set(net.seen) == {torch.float32}
+    assert torch.equal(found, expected) and found.dtype == torch.float32
+    assert torch.allclose(found, plain, atol=0.2) and not torch.equal(found, plain)
+    net.bfloat16()
+    found = draw(net)
+    assert set(net.seen) == {torch.bfloat16}
+    assert torch.equal(found, draw(lambda x, t, y: net(x.bfloat16(), t, y)))
+
+
+def test_another_model_gets_float32_unless_it_is_said():
+    def model(x, t):
+        dtypes.append(x.dtype)
+        return x * 0.3
+
+    for wanted, dtype in (("auto", torch.float32), (torch.float16, torch.float16)):
+        dtypes = []
+        with torch.autocast("cpu", torch.bfloat16):
+            engine.sample(model, diffusion(25), SHAPE, steps=2, model_dtype=wanted)
+        assert dtypes == [dtype] * 2
+
+
+def test_heun_keeps_the_states_between_its_steps():
+    process, kwargs = diffusion(), dict(sampler="heun", steps=4, spacing="uniform", seed=3)
+    images, states = engine.sample(curved, process, SHAPE, trajectory=5, **kwargs)
+    assert len(states) == 5 and torch.equal(states[-1], images)
+    times, rows = samplers.coefficients(process, "heun", 4, spacing="uniform")
+    x, x0 = states[0], torch.zeros(SHAPE)
+    for i, t in enumerate(times):
+        out = curved(x, t.expand(3))
+        x, x0 = ops.reverse_step(x, out, rows.float(), i, key=3, x0_prev=x0, return_x0=True)
+        if i % 2 or i == 6:
+            assert torch.equal(x, states[i // 2 + 1])
+    ends = engine.sample(curved, process, SHAPE, trajectory=3, **kwargs)[1]
+    assert all(torch.equal(a, states[i]) for a, i in zip(ends, (0, 2, 4), strict=True))
 
 
 def test_numpy_numbers_serve():
