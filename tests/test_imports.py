@@ -15,20 +15,22 @@ ROOT = Path(__file__).parent.parent
 RANK = {
     "device": 0,
     "dispatch": 0,
+    "presets": 0,
     "schedules": 0,
     "ops": 1,
+    "blocks": 2,
     "diffusion": 2,
-    "unet": 2,
+    "unet": 3,
     "samplers": 3,
     "cli": 1,
     "metrics": 0,
     "fashion_mnist": 2,
     "data": 3,
     "plots": 2,
-    "checkpoint": 3,
-    "trainer": 4,
-    "train": 5,
-    "sample": 5,
+    "checkpoint": 5,
+    "trainer": 6,
+    "train": 7,
+    "sample": 7,
 }
 
 
