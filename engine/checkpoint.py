@@ -16,16 +16,16 @@ from torch import Tensor
 
 from .cli import neighbour
 from .device import usable_device
+from .foreign import CheckpointError, load_ddpm_tf, load_diffusers, load_openai, save_diffusers
+
+__all__ = ["CheckpointError", "build", "find", "load", "part", "read", "save"]
+__all__ += ["load_ddpm_tf", "load_diffusers", "load_openai", "save_diffusers"]  # other projects'
 
 FILE = "checkpoint.safetensors"  # in the run's folder
 FORMAT = 1
 KEY = "diffusion_engine"
 REQUIRED = {"model": dict, "diffusion": dict, "train": dict, "step": int, "skipped": int}
 ADVICE = "use another checkpoint, or train again with another --out"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or does not fit; one sentence."""
 
 
 def find(path: str | os.PathLike) -> Path:
