@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import diffusers_config, layouts
+from .classifier import Classifier
 from .cli import neighbour
 from .presets import QKV_ORDER
 from .unet import UNet
@@ -57,32 +58,52 @@ def load_openai(
     Sources: Nichol & Dhariwal 2021; Dhariwal & Nichol 2021; Karras et al. 2022.
     """
     known = QKV_ORDER.get(preset) if isinstance(preset, str) else None
-    if known is None and qkv_order is None:
+    return _load_openai(UNet, source, preset, _order(preset, qkv_order, known), "load_openai")
+
+
+def load_openai_classifier(
+    source: str | os.PathLike | Mapping[str, Tensor],
+    preset: str | Mapping,
+    qkv_order: str | None = None,
+) -> Classifier:
+    """The noisy classifier of a guided-diffusion checkpoint; as load_openai.
+
+    preset     name of an architecture in CLASSIFIERS, or Classifier's options
+    qkv_order  of the attention blocks, "h3d" in the published ones; the pool's is always 3hd
+    """
+    known = "h3d" if isinstance(preset, str) and preset.startswith("adm-") else None
+    order = _order(preset, qkv_order, known)
+    return _load_openai(Classifier, source, preset, order, "load_openai_classifier")
+
+
+def _load_openai(kind: type, source, preset, order: str, loader: str):
+    tensors, called = read_tensors(source)
+    model = _empty(preset, kind)
+    pairs = layouts.table(model, layouts.openai(model), layouts.OPENAI)
+
+    def arrange(*each):
+        return layouts.from_openai(*each, order)
+
+    return _fill(model, pairs, tensors, called, arrange, loader)
+
+
+def _order(preset: str | Mapping, named: str | None, known: str | None) -> str:
+    """The preset's order of qkv, or the named one; CheckpointError for neither or two that differ."""
+    if known is None and named is None:
         raise CheckpointError(
             f"qkv_order is not known for {_called(preset)}: name the order of its qkv channels, "
             + ", ".join(f'"{name}" {shape}' for name, shape in ORDERS.items())
         )
-    if qkv_order is not None and qkv_order not in ORDERS:
+    if named is not None and named not in ORDERS:
         raise CheckpointError(
-            f"qkv_order is {qkv_order!r}, expected one of {', '.join(ORDERS)} or None"
+            f"qkv_order is {named!r}, expected one of {', '.join(ORDERS)} or None"
         )
-    if None not in (known, qkv_order) and known != qkv_order:
+    if None not in (known, named) and known != named:
         raise CheckpointError(
-            f"qkv_order is {qkv_order!r}, but the checkpoints of {preset!r} have {known!r}: leave "
-            f"it out, or for a model of your own give PRESETS[{preset!r}] in the preset's place"
+            f"qkv_order is {named!r}, but the checkpoints of {preset!r} have {known!r}: leave it "
+            "out, or for a model of your own give its options in the preset's place"
         )
-    tensors, called = read_tensors(source)
-    model = _empty(preset)
-    pairs = layouts.table(model, layouts.openai(model), layouts.OPENAI)
-    order = qkv_order or known
-    return _fill(
-        model,
-        pairs,
-        tensors,
-        called,
-        lambda *each: layouts.from_openai(*each, order),
-        "load_openai",
-    )
+    return named or known
 
 
 def load_ddpm_tf(source: str | os.PathLike | Mapping[str, Tensor], preset: str | Mapping) -> UNet:
@@ -242,18 +263,18 @@ def _called(preset: str | Mapping) -> str:
     return f"preset {preset!r}" if isinstance(preset, str) else "a model of these options"
 
 
-def _empty(preset: str | Mapping) -> UNet:
+def _empty(preset: str | Mapping, kind: type = UNet):
     """The model without weights: half a billion random numbers would take longer than the file."""
     with torch.device("meta"):
         if isinstance(preset, str):
-            return UNet.from_preset(preset)
+            return kind.from_preset(preset)
         try:
-            return UNet(**preset)
+            return kind(**preset)
         except TypeError as error:
-            raise CheckpointError(f"these are no options of a U-Net: {error}") from None
+            raise CheckpointError(f"these are no options of a {kind.__name__}: {error}") from None
 
 
-def _fill(model: UNet, pairs: dict, tensors: dict, called: str, arrange, loader: str) -> UNet:
+def _fill(model, pairs: dict, tensors: dict, called: str, arrange, loader: str):
     """The model with `tensors`; CheckpointError names the first few that are too few or too many.
 
     pairs    our parameter → the names of theirs

@@ -75,6 +75,12 @@ def openai(model: nn.Module) -> Rows:
     yield "mid_block_1", "res", "middle_block.0"
     yield "mid_attention", "attention", "middle_block.1"
     yield "mid_block_2", "res", "middle_block.2"
+    yield "norm_out", "", "out.0"
+    if hasattr(model, "pool"):  # a classifier
+        yield "pool.position", "", "out.2.positional_embedding"
+        yield "pool.qkv", "", "out.2.qkv_proj"
+        yield "pool.proj_out", "", "out.2.c_proj" if hasattr(model.pool, "qkv") else "out.3"
+        return
     n = -1
     for i, level in enumerate(model.up):
         for j in range(len(level.blocks)):
@@ -84,7 +90,6 @@ def openai(model: nn.Module) -> Rows:
         if level.resample is not None:
             after = 1 if isinstance(level.attentions[-1], nn.Identity) else 2
             yield _resample(level, f"up.{i}", f"output_blocks.{n}.{after}", ".conv")
-    yield "norm_out", "", "out.0"
     yield "conv_out", "", "out.2"
 
 
@@ -144,6 +149,9 @@ def table(
     shapes = {name: p.dim() for name, p in model.named_parameters()}
     pairs = {}
     for ours, kind, theirs in rows:
+        if ours in shapes:
+            pairs[ours] = (theirs,)
+            continue
         for part, places in parts[kind].items():
             module = ".".join(filter(None, (ours, part)))
             for leaf in ("weight", "bias"):
@@ -166,10 +174,13 @@ def from_openai(model: nn.Module, ours: str, theirs: Sequence[Tensor], order: st
     """1×1 convolutions become linear maps; qkv's channels, in `order`, become (3, heads, D)."""
     (value,) = theirs
     module, _, leaf = ours.rpartition(".")
+    if leaf == "position":
+        return value.T
     if not isinstance(model.get_submodule(module), nn.Linear):
         return value
     value = _matrix(value) if leaf == "weight" else value
     block, _, part = module.rpartition(".")
+    order = "3hd" if block == "pool" else order  # in every published classifier
     return to_3hd(value, model.get_submodule(block).num_heads, order) if part == "qkv" else value
 
 

@@ -1,4 +1,4 @@
-"""Named U-Nets: options of `UNet`. Parameter counts are those of the published models.
+"""Named U-Nets and classifiers: options of `UNet` and `Classifier`, counts as published.
 
 "iddpm" and "adm" learn the variance: twice as many channels out as in. A preset's options can be
 overridden one by one: UNet.from_preset("adm-256", num_classes=None).
@@ -81,3 +81,32 @@ PRESETS = {
 # q, k, v of each head together, only ADM's at 64×64 has all of q first.
 QKV_ORDER = {name: "h3d" for name in PRESETS if name.startswith(("iddpm", "adm"))}
 QKV_ORDER["adm-64"] = "3hd"
+
+_ADM_CLASSIFIER = dict(
+    in_channels=3,
+    num_classes=1000,
+    model_channels=128,
+    num_res_blocks=2,
+    attention_resolutions=(32, 16, 8),
+    head_channels=64,
+)
+
+# Options of `Classifier`; "adm" are the encoders that guide the models of the same name.
+CLASSIFIERS = {
+    "fashion-mnist": dict(
+        image_size=28,
+        in_channels=1,
+        num_classes=10,
+        model_channels=32,
+        channel_mult=(1, 2, 2),
+        num_res_blocks=1,
+        head_channels=32,
+        num_groups=8,
+    ),
+    "adm-64": dict(
+        **{**_ADM_CLASSIFIER, "num_res_blocks": 4}, image_size=64, channel_mult=(1, 2, 3, 4)
+    ),
+    "adm-128": dict(**_ADM_CLASSIFIER, image_size=128, channel_mult=(1, 1, 2, 3, 4)),
+    "adm-256": dict(**_ADM_CLASSIFIER, image_size=256, channel_mult=(1, 1, 2, 2, 4, 4)),
+    "adm-512": dict(**_ADM_CLASSIFIER, image_size=512, channel_mult=(0.5, 1, 1, 2, 2, 4, 4)),
+}

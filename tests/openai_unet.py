@@ -23,6 +23,7 @@ class Spec:
             adaptive=False,
             resblock_updown=False,
             num_classes=None,
+            pool=None,  # of a classifier of `out_channels` classes: "attention" or "adaptive"
         )
         self.o |= options
         self.mc = model_channels
@@ -41,7 +42,7 @@ class Spec:
                 self.inputs.append((kind, ch, ch, False, "down"))
                 skips.append(ch)
                 ds *= 2
-        self.middle = ch
+        self.middle, self.positions = ch, (image_size // ds) ** 2
         self.outputs = []
         for level, mult in list(enumerate(channel_mult))[::-1]:
             for i in range(num_res_blocks + 1):
@@ -97,6 +98,16 @@ def random_state(spec: Spec) -> dict[str, torch.Tensor]:
     res("middle_block.0", spec.middle, spec.middle)
     attention("middle_block.1", spec.middle)
     res("middle_block.2", spec.middle, spec.middle)
+    if spec.o["pool"]:
+        norm("out.0", spec.middle)
+        if spec.o["pool"] == "adaptive":
+            put("out.3", spec.o["out_channels"], spec.middle, 1, 1)
+            return state
+        put("out.2.qkv_proj", 3 * spec.middle, spec.middle, 1)
+        put("out.2.c_proj", spec.o["out_channels"], spec.middle, 1)
+        position = torch.randn(spec.middle, spec.positions + 1, generator=g)
+        state["out.2.positional_embedding"] = position
+        return state
     for i, (c_in, c_out, attends, up) in enumerate(spec.outputs):
         res(f"output_blocks.{i}.0", c_in, c_out)
         if attends:
@@ -158,17 +169,29 @@ def forward(spec: Spec, state: dict, order: str, x, t, y=None):
 
     def attention(name, h):
         n, c, height, width = h.shape
-        heads, s = spec.o["heads"](c), height * width
-        d = c // heads
-        qkv = dense(f"{name}.qkv", norm(f"{name}.norm", h).reshape(n, c, s).transpose(1, 2))
-        qkv = qkv.transpose(1, 2)  # (n, 3c, s)
-        out = []
+        flat = norm(f"{name}.norm", h).reshape(n, c, height * width)
+        qkv = dense(f"{name}.qkv", flat.transpose(1, 2)).transpose(1, 2)
+        out = dense(f"{name}.proj_out", mix(qkv, order).transpose(1, 2)).transpose(1, 2)
+        return h + out.reshape(n, c, height, width)
+
+    def mix(qkv, order):  # (n, 3c, s) → (n, c, s)
+        c = qkv.shape[1] // 3
+        heads = spec.o["heads"](c)
+        d, out = c // heads, []
         for head in range(heads):
             q, k, v = (qkv[:, rows(order, head, part, heads, d)] for part in range(3))
             weight = torch.einsum("bct,bcs->bts", q * d**-0.25, k * d**-0.25).softmax(-1)
             out.append(torch.einsum("bts,bcs->bct", weight, v))
-        out = dense(f"{name}.proj_out", torch.cat(out, 1).transpose(1, 2)).transpose(1, 2)
-        return h + out.reshape(n, c, height, width)
+        return torch.cat(out, 1)
+
+    def pool(h):
+        h = F.silu(norm("out.0", h))
+        if spec.o["pool"] == "adaptive":
+            return dense("out.3", h.mean((2, 3)))
+        h = h.flatten(2)
+        h = torch.cat([h.mean(2, keepdim=True), h], 2) + w["out.2.positional_embedding"]
+        h = mix(dense("out.2.qkv_proj", h.transpose(1, 2)).transpose(1, 2), "3hd")
+        return dense("out.2.c_proj", h.transpose(1, 2))[:, 0]
 
     half = spec.mc // 2
     rate = torch.exp(-math.log(10000) * torch.arange(half, dtype=x.dtype) / half)
@@ -189,6 +212,8 @@ def forward(spec: Spec, state: dict, order: str, x, t, y=None):
             h = attention(f"input_blocks.{i}.1", h) if rest[0] else h
         skips.append(h)
     h = res("middle_block.2", attention("middle_block.1", res("middle_block.0", h)))
+    if spec.o["pool"]:
+        return pool(h)
     for i, (_, _, attends, up) in enumerate(spec.outputs):
         h = res(f"output_blocks.{i}.0", torch.cat([h, skips.pop()], 1))
         h = attention(f"output_blocks.{i}.1", h) if attends else h

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from budget import FORWARD, GRADIENT, assert_within_budget
 
 import engine
-from engine.checkpoint import CheckpointError, load_ddpm_tf, load_openai
+from engine.checkpoint import CheckpointError, load_ddpm_tf, load_openai, load_openai_classifier
 from engine.presets import PRESETS, QKV_ORDER
 
 SIZES = dict(image_size=8, model_channels=16, channel_mult=(1, 2), num_res_blocks=1)
@@ -91,6 +91,28 @@ def test_openai_checkpoint_computes_the_same(name, order):
         other = load_openai(state, options, wrong)(x, t, y)
         differs = (other - truth[0]).abs().max() > 1e-3 * truth[0].abs().max()
         assert differs == (name != "lsun" or "hd3" in (order, wrong)), wrong
+
+
+@pytest.mark.parametrize("pool", ["attention", "adaptive"])
+def test_openai_classifier_computes_the_same(pool):
+    theirs, ours = MODELS["adm"]
+    changes = dict(num_classes=None, out_channels=5, pool=pool)
+    spec = openai_unet.Spec(**{**SIZES, **theirs, **changes})
+    options = {**SIZES, **ours, "in_channels": 2, "num_groups": 4, "num_classes": 5, "pool": pool}
+    del options["out_channels"]
+    state = openai_unet.random_state(spec)
+    x, t, _ = inputs(spec)
+    truth = openai_unet.forward(spec, state, "h3d", x.double(), t)
+    plain = openai_unet.forward(spec, state, "h3d", x, t)
+    got = load_openai_classifier(state, options, "h3d")(x, t)
+    assert got.shape == (2, 5)
+    assert_within_budget(got, truth, plain, factor=FORWARD)
+    other = load_openai_classifier(state, options, "3hd")(x, t)
+    assert (other - truth).abs().max() > 1e-3 * truth.abs().max()
+    with pytest.raises(CheckpointError, match="qkv_order is not known for a model of these opt"):
+        load_openai_classifier(state, options)
+    with pytest.raises(CheckpointError, match="checkpoints of 'adm-64' have 'h3d'"):
+        load_openai_classifier(state, "adm-64", "3hd")
 
 
 def test_gradients_reach_the_weights_in_their_order():
@@ -190,7 +212,7 @@ def test_what_does_not_fit_is_named():
         (theirs, {}, "its names are of diffusers' layout: use load_diffusers"),
         (tf, {}, "TensorFlow layout: use load_ddpm_tf"),
         (engine.UNet(**options).state_dict(), {}, "of this engine's own layout: use load"),
-        (state, {"width": 3}, "these are no options of a U-Net"),
+        (state, {"width": 3}, "these are no options of a UNet"),
         (state, {"image_size": 7}, "cannot be halved"),
     ):
         with pytest.raises(ValueError, match=sentence):

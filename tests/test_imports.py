@@ -24,16 +24,18 @@ RANK = {
     "samplers": 3,
     "layouts": 0,
     "diffusers_config": 0,
-    "foreign": 4,
+    "classifier": 4,
+    "foreign": 5,
     "cli": 1,
     "metrics": 0,
     "fashion_mnist": 2,
     "data": 3,
     "plots": 2,
-    "checkpoint": 5,
-    "trainer": 6,
-    "train": 7,
-    "sample": 7,
+    "checkpoint": 6,
+    "trainer": 7,
+    "train": 8,
+    "sample": 8,
+    "train_classifier": 9,
 }
 
 
