@@ -20,7 +20,7 @@ _HOME = {
     "noise": "ops",
     "sample": "samplers",
 }
-_MODULES = ("ops", "samplers", "schedules")
+_MODULES = ("checkpoint", "ops", "samplers", "schedules")
 
 
 def __getattr__(name: str):

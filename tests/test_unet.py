@@ -250,6 +250,15 @@ def test_compiles_as_one_graph():
     assert torch.allclose(compiled(x, t), model(x, t), atol=1e-4)
 
 
+def test_label_dropout_compiles_as_one_graph():
+    model = alive(engine.UNet(**SMALL, num_classes=5, label_dropout=1.0)).train()
+    x, t, y = inputs(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    null = torch.full_like(y, model.null_label)
+    assert torch.allclose(compiled(x, t, y), model.eval()(x, t, null), atol=1e-4)
+
+
 def test_autocast_keeps_bfloat16_between_convolutions():
     model = alive(engine.UNet(**SMALL))
     x, t, y = inputs(model)
