@@ -88,7 +88,7 @@ def _load_openai(kind: type, source, preset, order: str, loader: str):
 
 
 def _order(preset: str | Mapping, named: str | None, known: str | None) -> str:
-    """The order of qkv, the preset's or the named one. CheckpointError for neither or a conflict."""
+    """The preset's order of qkv, or the named one. CheckpointError for neither or a conflict."""
     if known is None and named is None:
         raise CheckpointError(
             f"qkv_order is not known for {_called(preset)}: name the order of its qkv channels, "
