@@ -12,6 +12,7 @@ if not os.path.isdir(os.path.join(__path__[0], "kernels")):
 
 # name → module that has it; imported on first use, so that `import engine` costs nothing.
 _HOME = {
+    "Classifier": "classifier",
     "Diffusion": "diffusion",
     "UNet": "unet",
     "explain": "ops",
@@ -19,7 +20,7 @@ _HOME = {
     "noise": "ops",
     "sample": "samplers",
 }
-_MODULES = ("ops", "samplers", "schedules")
+_MODULES = ("checkpoint", "ops", "samplers", "schedules")
 
 
 def __getattr__(name: str):

@@ -16,16 +16,25 @@ from torch import Tensor
 
 from .cli import neighbour
 from .device import usable_device
+from .foreign import (
+    CheckpointError,
+    load_ddpm_tf,
+    load_diffusers,
+    load_openai,
+    load_openai_classifier,
+    save_diffusers,
+)
+
+__all__ = ["CheckpointError", "build", "find", "load", "load_classifier", "part", "read", "save"]
+# Other projects':
+__all__ += ["load_ddpm_tf", "load_diffusers", "load_openai", "load_openai_classifier"]
+__all__ += ["save_diffusers"]
 
 FILE = "checkpoint.safetensors"  # in the run's folder
 FORMAT = 1
 KEY = "diffusion_engine"
 REQUIRED = {"model": dict, "diffusion": dict, "train": dict, "step": int, "skipped": int}
 ADVICE = "use another checkpoint, or train again with another --out"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or does not fit; one sentence."""
 
 
 def find(path: str | os.PathLike) -> Path:
@@ -119,6 +128,8 @@ def build(tensors: dict[str, Tensor], info: dict, weights: str, file: Path):
     from .diffusion import Diffusion
     from .unet import UNet
 
+    if info.get("kind") == "classifier":
+        raise CheckpointError(f"{file} is a classifier's, expected a diffusion model's: {ADVICE}")
     try:
         model = UNet(**info["model"])
         for name in ("model", "ema"):
@@ -149,3 +160,32 @@ def load(path: str | os.PathLike, *, device: str | torch.device = "cpu"):
     model, diffusion = build(tensors, info, "ema", file)
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return model, diffusion, info
+
+
+def load_classifier(path: str | os.PathLike, *, device: str | torch.device = "cpu"):
+    """The noisy classifier of a run of engine.train_classifier, in eval mode.
+
+    `classifier(x_t, t)` gives logits (N, num_classes); `classifier.diffusion` is the process whose
+    x_t it has learnt. Raises as `load`.
+    """
+    from .classifier import Classifier
+    from .diffusion import Diffusion
+
+    device = usable_device(device)
+    file = find(path)
+    tensors, info = read(file)
+    if info.get("kind") != "classifier":
+        raise CheckpointError(
+            f"{file} is a diffusion model's, expected a classifier's: give the folder of a run of "
+            "python -m engine.train_classifier"
+        )
+    try:
+        model = Classifier(**info["model"])
+        model.load_state_dict(part(tensors, "model."))
+        model.diffusion = Diffusion(tensors["diffusion.betas"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{file} does not describe a classifier of this engine: {reason}; {ADVICE}"
+        ) from None
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -11,29 +11,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Inside engine, a module may import only modules of lower rank.
-RANK = {
-    "device": 0,
-    "dispatch": 0,
-    "schedules": 0,
-    "ops": 1,
-    "diffusion": 2,
-    "importance": 0,
-    "likelihood": 1.5,
-    "unet": 2,
-    "coefficients": 2.5,
-    "guidance": 2.5,
-    "samplers": 3.5,
-    "cli": 1,
-    "metrics": 0,
-    "fashion_mnist": 2,
-    "data": 3,
-    "plots": 2,
-    "checkpoint": 3,
-    "trainer": 4,
-    "train": 5,
-    "sample": 5,
-}
+# Inside engine, a module may import only from the layers before its own.
+LAYERS = (
+    "device dispatch presets schedules layouts diffusers_config importance metrics",
+    "ops cli inception",
+    "likelihood blocks fashion_mnist pictures",
+    "diffusion unet data curves evaluation",
+    "coefficients guidance classifier",
+    "samplers foreign",
+    "checkpoint",
+    "cache plots",
+    "trainer domain_classifier",
+    "train sample scores",
+    "evaluate train_classifier",
+    "ablate",
+)
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer.split()}
 
 
 def imports(path: Path) -> set[str]:

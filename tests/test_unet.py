@@ -25,6 +25,7 @@ OPTIONS = {
     "ddpm": dict(embedding="sin_cos", asymmetric_padding=True, norm_eps=1e-6),
     "adm": dict(conditioning="scale_shift", resample="biggan", head_channels=8),
     "classes": dict(num_classes=5, conditioning="scale_shift"),
+    "null label": dict(num_classes=5, label_dropout=0.5),
     "learned variance": dict(out_channels=4),
     "three levels": dict(channel_mult=(1, 1, 2), num_heads=2, attention_resolutions=(2, 4)),
 }
@@ -48,10 +49,93 @@ def inputs(model, n=2):
     return x, torch.tensor([3, 900])[:n], y
 
 
-def test_cifar10_parameter_count():
+# name: parameters, tensors where they were published too.
+PUBLISHED = {
+    "cifar10": (35_746_307, None),
+    "ddpm-256": (113_673_219, None),
+    "iddpm-cifar10": (52_546_438, 446),
+    "iddpm-imagenet64": (121_063_942, None),
+    "iddpm-imagenet64-cond": (273_049_350, None),
+    "adm-64": (295_904_454, 541),
+    "adm-128": (421_529_606, 493),
+    "adm-256": (553_838_086, 567),
+    "adm-256-uncond": (552_814_086, 566),
+    "adm-512": (558_997_638, 645),
+}
+# attention sites: sequence × heads × channels per head, from the top of the way down to the middle
+SITES = {
+    "cifar10": ["256x1x256", "16x1x256"],
+    "iddpm-imagenet64": ["256x4x96", "64x4x128"],
+    "iddpm-imagenet64-cond": ["256x4x144", "64x4x192"],
+    "adm-64": ["1024x6x64", "256x9x64", "64x12x64"],
+    "adm-128": ["1024x4x128", "256x4x192", "64x4x256"],
+    "adm-256": ["1024x8x64", "256x16x64", "64x16x64"],
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_count_of_the_published_models(name):
     with torch.device("meta"):
-        model = engine.UNet.from_preset("cifar10")
-    assert sum(p.numel() for p in model.parameters()) == 35_746_307
+        model = engine.UNet.from_preset(name)
+    count, tensors = PUBLISHED[name]
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert tensors is None or len(model.state_dict()) == tensors
+    levels = [level.attentions[0] for level in model.down] + [model.mid_attention]
+    size, found = model.config["image_size"], []
+    for i, site in enumerate(levels):
+        side = size >> min(i, len(model.down) - 1)
+        if hasattr(site, "num_heads"):
+            heads = site.num_heads
+            found.append(f"{side**2}x{heads}x{site.proj_out.in_features // heads}")
+    if name in SITES:
+        assert list(dict.fromkeys(found)) == SITES[name]
+
+
+def test_presets_are_all_published_or_ours():
+    assert set(engine.unet.PRESETS) == {*PUBLISHED, "fashion-mnist"}
+
+
+def test_a_published_model_runs_when_its_width_is_divided():
+    """Everything of ADM-512 but its width, at a size at which it takes a second."""
+    small = dict(image_size=64, model_channels=8, num_groups=2, head_channels=4)
+    small["attention_resolutions"] = (4, 2)
+    model = alive(engine.UNet.from_preset("adm-512", **small, num_classes=5))
+    x, t, y = inputs(model)
+    assert model.conv_in.out_channels == 4 and model.time_embed.channels == 8
+    assert model(x, t, y).shape == (2, 6, 64, 64)
+
+
+def test_label_dropout_trains_a_null_label():
+    torch.manual_seed(0)
+    model = alive(engine.UNet(**SMALL, num_classes=5, label_dropout=0.25))
+    assert model.null_label == 5 and model.label_embed.num_embeddings == 6
+    n = 4000
+    y = torch.arange(n) % 5
+    model.train()
+    kept = model._drop_labels(y)
+    assert set(kept[kept != y].tolist()) == {5}
+    assert abs((kept == 5).float().mean().item() - 0.25) < 5 * (0.25 * 0.75 / n) ** 0.5
+    torch.manual_seed(1)
+    again = model._drop_labels(y)
+    torch.manual_seed(1)
+    assert torch.equal(again, model._drop_labels(y)) and not torch.equal(again, kept)
+
+    model.eval()
+    assert torch.equal(model._drop_labels(y), y)
+    x, t, y = inputs(model)
+    null = torch.full_like(y, model.null_label)
+    assert not torch.equal(model(x, t, y), model(x, t, null))
+    model.train()
+    model.config["label_dropout"] = 1.0
+    assert torch.equal(model(x, t, y), model(x, t, null))
+
+
+def test_without_label_dropout_there_is_no_null_label():
+    assert engine.UNet(**SMALL).null_label is None
+    model = engine.UNet(**SMALL, num_classes=5)
+    assert model.null_label is None and model.label_embed.num_embeddings == 5
+    again = engine.UNet(**engine.UNet(**SMALL, num_classes=5, label_dropout=0.1).config)
+    assert again.null_label == 5
 
 
 @pytest.mark.parametrize("size", [8, 16, 32, 64, 128])
@@ -166,6 +250,15 @@ def test_compiles_as_one_graph():
     assert torch.allclose(compiled(x, t), model(x, t), atol=1e-4)
 
 
+def test_label_dropout_compiles_as_one_graph():
+    model = alive(engine.UNet(**SMALL, num_classes=5, label_dropout=1.0)).train()
+    x, t, y = inputs(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    null = torch.full_like(y, model.null_label)
+    assert torch.allclose(compiled(x, t, y), model.eval()(x, t, null), atol=1e-4)
+
+
 def test_autocast_keeps_bfloat16_between_convolutions():
     model = alive(engine.UNet(**SMALL))
     x, t, y = inputs(model)
@@ -197,6 +290,8 @@ def test_autocast_keeps_bfloat16_between_convolutions():
         (lambda: engine.UNet(**{**SMALL, "image_size": None}), "image_size is None, expected a wh"),
         (lambda: engine.UNet(**{**SMALL, "image_size": 8.0}), "image_size is 8.0, expected a wh"),
         (lambda: engine.UNet(**{**SMALL, "num_res_blocks": 0}), "num_res_blocks is 0, expected"),
+        (lambda: engine.UNet(**SMALL, label_dropout=0.1), "without labels: give num_classes"),
+        (lambda: engine.UNet(**SMALL, num_classes=3, label_dropout=2), "label_dropout is 2, exp"),
         (lambda: engine.UNet(**SMALL, num_classes=0), "num_classes is 0, expected a whole number"),
         (lambda: engine.UNet(**{**SMALL, "channel_mult": ()}), "channel_mult is empty"),
         (lambda: engine.UNet(**{**SMALL, "model_channels": 5}), "expected an even number > 2"),

@@ -1,0 +1,163 @@
+"""The U-Net's parts: time embedding, norm, residual block, attention, resampling.
+
+Images are (N, C, H, W) in channels_last memory throughout; norms and attention are our ops.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+
+
+class Level(nn.Module):
+    """What belongs to one resolution; UNet.forward says how it is used."""
+
+    def __init__(self, blocks: nn.ModuleList, attentions: nn.ModuleList, resample) -> None:
+        super().__init__()
+        self.blocks, self.attentions, self.resample = blocks, attentions, resample
+
+
+class TimeEmbedding(nn.Module):
+    """temb = W₂ silu(W₁ sinusoids(t)); sinusoids as in Vaswani et al. 2017, §3.5."""
+
+    def __init__(self, channels: int, temb_channels: int, order: str) -> None:
+        super().__init__()
+        self.channels, self.order = channels, order
+        self.dense_0 = nn.Linear(channels, temb_channels)
+        self.dense_1 = nn.Linear(temb_channels, temb_channels)
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        half = self.channels // 2
+        # DDPM's frequencies end exactly at 1/10000, ADM's one step before it.
+        last = half - 1 if self.order == "sin_cos" else half
+        index = torch.arange(half, dtype=torch.float32, device=t.device)
+        angle = t.float()[:, None] * torch.exp(-math.log(10000.0) / last * index)
+        parts = [angle.sin(), angle.cos()]
+        sinusoids = torch.cat(parts if self.order == "sin_cos" else parts[::-1], dim=1)
+        return self.dense_1(F.silu(self.dense_0(sinusoids.to(dtype))))
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """act(GN(x + add)·(1 + scale) + shift) by our op; the parameters of nn.GroupNorm."""
+
+    def __init__(
+        self, num_groups: int, channels: int, eps: float, activation: str = "silu"
+    ) -> None:
+        super().__init__(num_groups, channels, eps)
+        self.activation = activation
+
+    def forward(
+        self,
+        x: Tensor,
+        add: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        return ops.group_norm_silu(
+            x,
+            self.weight,
+            self.bias,
+            self.num_groups,
+            self.eps,
+            add=add,
+            scale=scale,
+            shift=shift,
+            activation=self.activation,
+        )
+
+
+class ResBlock(nn.Module):
+    """x + conv2(drop(silu(norm2(conv1(silu(norm1(x))) ⊕ W·temb)))), ⊕ added or AdaGN.
+
+    sampling "up" or "down" resamples both branches before conv1 (BigGAN; Brock et al. 2019).
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        temb_channels: int,
+        num_groups: int,
+        norm_eps: float,
+        dropout: float,
+        conditioning: str,
+        sampling: str = "",
+    ) -> None:
+        super().__init__()
+        self.adaptive, self.sampling = conditioning == "scale_shift", sampling
+        self.norm1 = GroupNormSiLU(num_groups, c_in, norm_eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.temb_proj = nn.Linear(temb_channels, 2 * c_out if self.adaptive else c_out)
+        self.norm2 = GroupNormSiLU(num_groups, c_out, norm_eps)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        h = self.norm1(x)
+        if self.sampling == "up":
+            h, x = upsample_nearest(h), upsample_nearest(x)
+        elif self.sampling == "down":
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        h = self.conv1(h)
+        temb = self.temb_proj(temb)
+        if self.adaptive:
+            scale, shift = temb.chunk(2, dim=1)
+            h = self.norm2(h, scale=scale, shift=shift)
+        else:
+            h = self.norm2(h, add=temb)
+        return self.shortcut(x) + self.conv2(self.dropout(h))
+
+
+class AttentionBlock(nn.Module):
+    """x + W_o attention(W_qkv norm(x)) over the H·W positions (Wang et al. 2018)."""
+
+    def __init__(self, channels: int, num_heads: int, num_groups: int, norm_eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = GroupNormSiLU(num_groups, channels, norm_eps, activation="none")
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj_out = zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, height * width, c)  # a view
+        out = ops.attention_qkv(self.qkv(tokens), self.num_heads)
+        return x + self.proj_out(out).view(n, height, width, c).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Module):
+    """3×3 convolution of stride 2."""
+
+    def __init__(self, channels: int, asymmetric_padding: bool) -> None:
+        super().__init__()
+        self.asymmetric = asymmetric_padding
+        self.conv = nn.Conv2d(channels, channels, 3, 2, padding=0 if asymmetric_padding else 1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour ×2, then a 3×3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        return self.conv(upsample_nearest(x))
+
+
+def upsample_nearest(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """Zero weights, so that each residual branch starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
