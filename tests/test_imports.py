@@ -24,11 +24,16 @@ RANK = {
     "metrics": 0,
     "fashion_mnist": 2,
     "data": 3,
-    "plots": 2,
     "checkpoint": 3,
-    "trainer": 4,
-    "train": 5,
-    "sample": 5,
+    "plots": 4,
+    "trainer": 5,
+    "train": 6,
+    "sample": 6,
+    "cache": 4,
+    "inception": 1,
+    "domain_classifier": 5,
+    "scores": 6,
+    "evaluate": 7,
 }
 
 
