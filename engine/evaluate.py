@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Literal
 
-from . import cli
+from . import cli, evaluation
 
 try:
     from tyro.conf import Positional
@@ -21,7 +20,6 @@ except ImportError:  # cli.parse says so
 
 PROG = "python -m engine.evaluate"
 METRICS = ("fid", "kid", "is", "prc", "agreement", "nll")
-FILE = "evaluation.json"  # in the run's folder: a list, one record per evaluation
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def command(args: Sequence[str] | None) -> None:
     config = cli.parse(EvaluateConfig, PROG, args)
     metrics = check(config)
     record = evaluate(config, metrics)
-    print(table(record))
+    print(evaluation.table(record))
 
 
 def check(config: EvaluateConfig) -> list[str]:
@@ -184,7 +182,7 @@ def evaluate(config: EvaluateConfig, metrics: list[str]) -> dict:
         record["nll"] = bits_per_dim(config, model, diffusion, test, file.parent, device)
     for note in record["notes"]:
         print(f"note: {note}", file=sys.stderr)
-    add(file.parent / FILE, record)
+    evaluation.add(file.parent / evaluation.FILE, record)
     return record
 
 
@@ -250,7 +248,7 @@ def draw(config: EvaluateConfig, model, diffusion, steps: int, device):
     import torch
     from tqdm import trange
 
-    from . import plots
+    from . import pictures
     from .device import autocast, choose_precision
     from .samplers import sample
 
@@ -275,7 +273,7 @@ def draw(config: EvaluateConfig, model, diffusion, steps: int, device):
                 offset=start,
             )
         # 8 bits, as the real ones have and a file of them would.
-        parts.append(torch.from_numpy(plots.to_bytes(images)).permute(0, 3, 1, 2))
+        parts.append(torch.from_numpy(pictures.to_bytes(images)).permute(0, 3, 1, 2))
     return torch.cat(parts), y
 
 
@@ -316,7 +314,7 @@ def bits_per_dim(config: EvaluateConfig, model, diffusion, test, folder: Path, d
     import torch
     from tqdm import tqdm
 
-    from . import data, plots
+    from . import curves, data
     from .device import autocast, choose_precision
 
     n = min(config.nll_n or min(100, config.n), len(test))
@@ -337,7 +335,7 @@ def bits_per_dim(config: EvaluateConfig, model, diffusion, test, folder: Path, d
             kept.append(getattr(terms, name).double().cpu())
     total, prior, vb, mse = (torch.cat(kept) for kept in parts.values())
     terms = {"vb": vb.mean(0).tolist(), "mse": mse.mean(0).tolist()}
-    plots.vlb_terms({str(config.run): terms}, folder / "nll.png")
+    curves.vlb_terms({str(config.run): terms}, folder / "nll.png")
     return {
         "n": n,
         "bits_per_dim": float(total.mean()),
@@ -348,67 +346,6 @@ def bits_per_dim(config: EvaluateConfig, model, diffusion, test, folder: Path, d
         "T": diffusion.T,
         "terms": {name: [float(f"{v:.5g}") for v in values] for name, values in terms.items()},
     }
-
-
-def add(path: Path, record: dict) -> None:
-    """Adds the record to the list in the file, atomically."""
-    from . import plots
-
-    records = json.loads(path.read_text()) if path.is_file() else []
-    lines = [json.dumps(each, ensure_ascii=False) for each in (*records, record)]
-    with plots.atomic(path) as temporary:
-        temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n")
-
-
-ROWS = (  # name, better is, what its figure rests on
-    ("fid", "FID ↓", "against {count} training pictures"),
-    ("kid", "KID ↓", "{kid_subsets} subsets of {kid_subset_size}, ± standard deviation"),
-    ("is", "IS ↑", "{splits} splits, ± standard deviation"),
-    ("precision", "precision ↑", "k = {neighbours}, {prc_real} training pictures"),
-    ("recall", "recall ↑", "the same"),
-    ("agreement", "agreement ↑", "classifier and label"),
-)
-
-
-def table(record: dict) -> str:
-    """The record as text: settings, then a row per figure and a column per set of pictures."""
-    s = record["settings"]
-    lines = [
-        f"{record['run']}: {record['trained_steps']} training steps, EMA weights; {s['sampler']} "
-        f"with {s['steps']} steps{'' if s['clip'] else ', no clip'}, seed {record['seed']}"
-    ]
-    sets = record["results"]
-    if sets:
-        lines.append(f"features: {record['features']}")
-        heads = [f"{name}, n = {found['n']}" for name, found in sets.items()]
-        lines.append(" " * 14 + "".join(f"{head:>26}" for head in heads))
-        first = next(iter(sets.values()))
-        for name, title, basis in ROWS:
-            if name not in first:
-                continue
-            cells = [figure(found, name) for found in sets.values()]
-            facts = {**record["real"], **record, **first}
-            lines.append(
-                f"{title:<14}"
-                + "".join(f"{cell:>26}" for cell in cells)
-                + f"   {basis.format(**facts)}"
-            )
-    if "nll" in record:
-        nll = record["nll"]
-        error = nll["standard_error"]
-        lines.append(
-            f"bits/dim ↓    {nll['bits_per_dim']:.4f}{'' if error is None else f' ± {error:.4f}'}"
-            f" (standard error) = prior {nll['prior']:.3g} + KL terms {nll['kl']:.4f} + decoder "
-            f"{nll['decoder']:.4f}; T = {nll['T']}, {nll['n']} test pictures, "
-            f"{Path(record['run'])}/nll.png"
-        )
-    return "\n".join(lines)
-
-
-def figure(found: dict, name: str) -> str:
-    text = f"{found[name]:.4g}"
-    deviation = found.get(f"{name}_std")
-    return text if deviation is None else f"{text} ± {deviation:.2g}"
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -1,24 +1,22 @@
-"""Pictures: grids, strips and films of samples, curves of schedules, losses and bounds; atomically.
+"""Pictures, whole or not there: all that draws them, and `python -m engine.plots`.
 
-`python -m engine.plots schedules | forward | reverse | gif | vlb` draws one from the command line.
+schedules | forward | reverse | gif | vlb: each draws one.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from . import cli
+from .curves import forward_strips, loss_curve, schedule_curves, vlb_terms
+from .evaluation import terms_of
+from .pictures import atomic, film, grid, strip, to_bytes
 
 if TYPE_CHECKING:  # late, so that --help and a wrong option are answered without waiting for torch
-    import numpy as np
     from torch import Tensor
 
 try:
@@ -26,219 +24,19 @@ try:
 except ImportError:  # cli.parse says so; the functions need no tyro
     Positional = None
 
+__all__ = [
+    "atomic",
+    "film",
+    "forward_strips",
+    "grid",
+    "loss_curve",
+    "schedule_curves",
+    "strip",
+    "to_bytes",
+    "vlb_terms",
+]
+
 PROG = "python -m engine.plots"
-
-
-def to_bytes(images: Tensor) -> np.ndarray:
-    """Images (N, C, H, W) in [-1, 1], any float dtype → (N, H, W, C) uint8."""
-    import torch
-
-    scaled = images.detach().float().add(1).mul(127.5).round_().clamp_(0, 255)
-    return scaled.nan_to_num_(0).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def sheet(images: Tensor, *, columns: int | None = None, scale: int = 2) -> np.ndarray:
-    """Images (N, C, H, W) in [-1, 1] in rows of `columns` → (height, width, C) uint8.
-
-    The default is as square as can be. Each pixel becomes scale × scale pixels; C is 1 or 3.
-    """
-    import numpy as np
-
-    if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images):
-        raise ValueError(f"a grid needs images (N, 1 or 3, H, W), N ≥ 1, not {tuple(images.shape)}")
-    pixels = to_bytes(images)
-    n, h, w, c = pixels.shape
-    columns = min(n, columns or math.ceil(math.sqrt(n)))
-    rows = math.ceil(n / columns)
-    gap = 1
-    drawn = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 255, np.uint8)
-    for i, image in enumerate(pixels):
-        top, left = i // columns * (h + gap) + gap, i % columns * (w + gap) + gap
-        drawn[top : top + h, left : left + w] = image
-    return drawn.repeat(scale, 0).repeat(scale, 1)
-
-
-def to_picture(pixels: np.ndarray):
-    """(H, W, 1 or 3) uint8 → a Pillow picture, grey or RGB."""
-    from PIL import Image
-
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-
-
-def grid(
-    images: Tensor, path: str | os.PathLike, *, columns: int | None = None, scale: int = 2
-) -> Path:
-    """Draws images (N, C, H, W) in [-1, 1] as a `sheet`."""
-    picture = to_picture(sheet(images, columns=columns, scale=scale))
-    with atomic(path) as temporary:
-        picture.save(temporary, format="PNG")
-    return Path(path)
-
-
-def strip(states: Sequence[Tensor], path: str | os.PathLike, *, scale: int = 2) -> Path:
-    """Draws the reverse process, one row per image: states x_T … x_0, each (N, C, H, W)."""
-    import torch
-
-    if not len(states):
-        raise ValueError("a strip needs at least one state")
-    table = torch.stack([state.float() for state in states], dim=1)  # (N, states, C, H, W)
-    return grid(table.flatten(0, 1), path, columns=len(states), scale=scale)
-
-
-def film(
-    states: Sequence[Tensor], path: str | os.PathLike, *, seconds: float = 4.0, scale: int = 2
-) -> Path:
-    """Draws the states x_T … x_0, each (N, C, H, W), as an endless GIF; the last one stays 2 s."""
-    if not len(states):
-        raise ValueError("a film needs at least one state")
-    first, *others = (to_picture(sheet(state, scale=scale)) for state in states)
-    moment = max(20, round(1000 * seconds / len(states)))  # ms; browsers slow shorter ones down
-    with atomic(path) as temporary:
-        first.save(
-            temporary,
-            format="GIF",
-            save_all=True,
-            append_images=others,
-            duration=[moment] * len(others) + [2000],
-            loop=0,
-        )
-    return Path(path)
-
-
-def schedule_curves(path: str | os.PathLike, T: int = 1000) -> Path:
-    """Draws ᾱ_t, the signal-to-noise ratio ᾱ_t/(1 − ᾱ_t) and β_t of every noise schedule."""
-    from . import schedules
-
-    curves = {name: schedules.betas(name, T) for name in schedules.NAMES}
-    with figure(path, columns=3, size=(12, 3.6)) as (drawn, (left, middle, right)):
-        for i, (name, beta) in enumerate(curves.items()):
-            alpha_bar = schedules.alpha_bar(beta)
-            # At T = 1000 two schedules are the same: dashes show both.
-            style = {"label": name, "linestyle": (0, (4, 3)) if i == 1 else "-"}
-            left.plot(alpha_bar, **style)
-            middle.plot(alpha_bar / (1 - alpha_bar), **style)
-            right.plot(beta, **style)
-        left.set(title="signal left: ᾱ_t", xlabel="t")
-        middle.set(title="signal-to-noise ratio: ᾱ_t / (1 − ᾱ_t)", xlabel="t", yscale="log")
-        right.set(title="noise added: β_t", xlabel="t", yscale="log")
-        for axes in (left, middle, right):
-            axes.grid(alpha=0.3)
-        drawn.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    return Path(path)
-
-
-def forward_strips(
-    image: Tensor, path: str | os.PathLike, *, T: int = 1000, states: int = 11, seed: int = 0
-) -> Path:
-    """Draws x_t of one image (C, H, W) in [-1, 1], a row per schedule, all with the same noise."""
-    import torch
-
-    from . import schedules
-    from .diffusion import Diffusion
-
-    if states < 2:
-        raise ValueError(f"states is {states}, expected at least 2, from t = 0 to T − 1")
-    t = torch.linspace(0, T - 1, states).round().long()
-    x0 = image.float().expand(states, *image.shape)
-    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(seed)).expand_as(x0)
-    rows = {
-        name: Diffusion(schedules.betas(name, T)).q_sample(x0, t, noise) for name in schedules.NAMES
-    }
-    height, width = image.shape[1] + 1, image.shape[2] + 1  # with the gap
-    size = (1.2 + 0.9 * states, 0.4 + 0.9 * len(rows) * height / width)
-    with figure(path, rows=len(rows), size=size) as (_, axes):
-        for row, (name, x_t) in zip(axes, rows.items(), strict=True):
-            pixels = sheet(x_t, columns=states, scale=1)
-            row.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            row.set(xticks=[], yticks=[])
-            row.set_ylabel(name, rotation=0, ha="right", va="center")
-            row.spines[:].set_visible(False)
-        centres = [width * (i + 0.5) for i in range(states)]
-        axes[0].set_xticks(centres, [f"t = {i}" for i in t.tolist()])
-        axes[0].tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
-    return Path(path)
-
-
-def loss_curve(run: str | os.PathLike, path: str | os.PathLike | None = None) -> Path:
-    """Draws the loss of a run from its metrics.jsonl → run/loss.png (or `path`)."""
-    from .metrics import read_metrics
-
-    rows = [row for row in read_metrics(run) if row.get("loss") is not None]
-    path = Path(run) / "loss.png" if path is None else Path(path)
-    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    smooth, average, weight = [], 0.0, 0.0
-    for loss in losses:  # over the weights so far: a start at the first loss would show for long
-        average, weight = 0.95 * average + 0.05 * loss, 0.95 * weight + 0.05
-        smooth.append(average / weight)
-    with figure(path) as (_, axes):
-        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="a batch's loss")
-        axes.plot(steps, smooth, color="tab:blue", linewidth=1.5, label="moving average")
-        if losses and min(losses) > 0:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
-        axes.set(xlabel="optimiser step", ylabel="loss", title=str(Path(run).name))
-        axes.grid(alpha=0.3)
-        axes.legend()
-    return path
-
-
-def vlb_terms(terms: dict[str, dict[str, Sequence[float]]], path: str | os.PathLike) -> Path:
-    """Draws, over t, terms of the variational bound, and errors of ε that they come from.
-
-    terms  name of a run → "vb" (T,) bits/dim and "mse" (T,) of the predicted noise
-    """
-    with figure(path, columns=2, size=(11, 4)) as (_, (left, right)):
-        for name, term in terms.items():
-            total = math.fsum(term["vb"])
-            for axes, key in ((left, "vb"), (right, "mse")):
-                # A curve on two logarithms has no place for a 0.
-                axes.plot(
-                    range(1, len(term[key]) + 1),
-                    [max(value, 1e-12) for value in term[key]],
-                    label=f"{name}: {total:.3f} bits/dim" if key == "vb" else name,
-                    linewidth=1,
-                )
-        left.set(title="terms of the variational bound, bits/dim")
-        right.set(title="mean squared error of ε")
-        for axes in (left, right):
-            axes.set(xlabel="t + 1", xscale="log", yscale="log")
-            axes.grid(alpha=0.3)
-            axes.legend()
-    return Path(path)
-
-
-@contextlib.contextmanager
-def figure(path: str | os.PathLike, rows: int = 1, columns: int = 1, size=(7, 4)):
-    """A matplotlib figure and its axes, written to `path` as PNG, atomically, at the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawn, axes = pyplot.subplots(rows, columns, figsize=size, dpi=120, layout="constrained")
-    try:
-        yield drawn, axes
-        with atomic(path) as temporary:
-            drawn.savefig(temporary, format="png")
-    finally:
-        pyplot.close(drawn)
-
-
-@contextlib.contextmanager
-def atomic(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when all went well and removed when not."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-# --- the command line ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -381,7 +179,7 @@ class Vlb:
     def draw(self) -> None:
         if not self.runs:
             raise ValueError("give the folder of a run at least")
-        vlb_terms({str(run): evaluated_terms(run) for run in self.runs}, self.out)
+        vlb_terms({str(run): terms_of(run) for run in self.runs}, self.out)
 
 
 COMMANDS = {"schedules": Schedules, "forward": Forward, "reverse": Reverse, "gif": Gif, "vlb": Vlb}
@@ -393,22 +191,6 @@ def at_least(low: int, config, name: str) -> int:
     if value < low:
         raise ValueError(f"{cli.option(name)} must be at least {low}, not {value}")
     return value
-
-
-def evaluated_terms(run: Path) -> dict:
-    """The "terms" of the last bits/dim in RUN/evaluation.json."""
-    path = (run.expanduser() if run.is_dir() else run.parent) / "evaluation.json"
-    try:
-        records = json.loads(path.read_text()) if path.is_file() else []
-        found = [record["nll"]["terms"] for record in records if "nll" in record]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{path} is not what engine.evaluate writes: move it away") from None
-    if not found:
-        hint = "" if run.exists() else cli.neighbour(run)
-        raise ValueError(
-            f"{run} has no bits/dim yet{hint}: run python -m engine.evaluate {run} --metrics nll"
-        )
-    return found[-1]
 
 
 def command(args: Sequence[str] | None) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import plots, schedules, train
+from engine import curves, plots, schedules, train
 
 
 def test_grid_places_every_image(tmp_path):
@@ -110,8 +110,8 @@ def test_schedule_curves_are_the_tables(tmp_path, drawn):
 
 
 def test_forward_strips_end_in_the_same_noise(tmp_path, monkeypatch):
-    sheets, sheet = [], plots.sheet
-    monkeypatch.setattr(plots, "sheet", lambda x, **k: sheets.append(x) or sheet(x, **k))
+    sheets, sheet = [], curves.sheet
+    monkeypatch.setattr(curves, "sheet", lambda x, **k: sheets.append(x) or sheet(x, **k))
     image = torch.linspace(-1, 1, 64).view(1, 8, 8)
     path = plots.forward_strips(image, tmp_path / "f.png", states=5)
     assert Image.open(path).size[0] > 300 and len(sheets) == len(schedules.NAMES)

@@ -1,0 +1,86 @@
+"""evaluation.json: what engine.evaluate has found of a run, a record per evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .cli import neighbour
+from .pictures import atomic
+
+FILE = "evaluation.json"  # in the run's folder: a list of records
+
+
+def add(path: Path, record: dict) -> None:
+    """Adds the record to the list in the file, atomically."""
+    records = json.loads(path.read_text()) if path.is_file() else []
+    lines = [json.dumps(each, ensure_ascii=False) for each in (*records, record)]
+    with atomic(path) as temporary:
+        temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+ROWS = (  # name, better is, what its figure rests on
+    ("fid", "FID ↓", "against {count} training pictures"),
+    ("kid", "KID ↓", "{kid_subsets} subsets of {kid_subset_size}, ± standard deviation"),
+    ("is", "IS ↑", "{splits} splits, ± standard deviation"),
+    ("precision", "precision ↑", "k = {neighbours}, {prc_real} training pictures"),
+    ("recall", "recall ↑", "the same"),
+    ("agreement", "agreement ↑", "classifier and label"),
+)
+
+
+def table(record: dict) -> str:
+    """The record as text: settings, then a row per figure and a column per set of pictures."""
+    s = record["settings"]
+    lines = [
+        f"{record['run']}: {record['trained_steps']} training steps, EMA weights; {s['sampler']} "
+        f"with {s['steps']} steps{'' if s['clip'] else ', no clip'}, seed {record['seed']}"
+    ]
+    sets = record["results"]
+    if sets:
+        lines.append(f"features: {record['features']}")
+        heads = [f"{name}, n = {found['n']}" for name, found in sets.items()]
+        lines.append(" " * 14 + "".join(f"{head:>26}" for head in heads))
+        first = next(iter(sets.values()))
+        for name, title, basis in ROWS:
+            if name not in first:
+                continue
+            cells = [figure(found, name) for found in sets.values()]
+            facts = {**record["real"], **record, **first}
+            lines.append(
+                f"{title:<14}"
+                + "".join(f"{cell:>26}" for cell in cells)
+                + f"   {basis.format(**facts)}"
+            )
+    if "nll" in record:
+        nll = record["nll"]
+        error = nll["standard_error"]
+        lines.append(
+            f"bits/dim ↓    {nll['bits_per_dim']:.4f}{'' if error is None else f' ± {error:.4f}'}"
+            f" (standard error) = prior {nll['prior']:.3g} + KL terms {nll['kl']:.4f} + decoder "
+            f"{nll['decoder']:.4f}; T = {nll['T']}, {nll['n']} test pictures, "
+            f"{Path(record['run'])}/nll.png"
+        )
+    return "\n".join(lines)
+
+
+def figure(found: dict, name: str) -> str:
+    text = f"{found[name]:.4g}"
+    deviation = found.get(f"{name}_std")
+    return text if deviation is None else f"{text} ± {deviation:.2g}"
+
+
+def terms_of(run: Path) -> dict:
+    """The "terms" of the last bits/dim in RUN/evaluation.json."""
+    path = (run.expanduser() if run.is_dir() else run.parent) / FILE
+    try:
+        records = json.loads(path.read_text()) if path.is_file() else []
+        found = [record["nll"]["terms"] for record in records if "nll" in record]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path} is not what engine.evaluate writes: move it away") from None
+    if not found:
+        hint = "" if run.exists() else neighbour(run)
+        raise ValueError(
+            f"{run} has no bits/dim yet{hint}: run python -m engine.evaluate {run} --metrics nll"
+        )
+    return found[-1]
