@@ -25,7 +25,6 @@ RECIPE = {
     "batch": 128,
     "lr": 5e-3,
     "weight_decay": 0.02,
-    "label_smoothing": 0.05,
     "flip": False,
     "seed": 0,
 }
@@ -74,7 +73,7 @@ def train(images: data.Images, recipe: dict, device: torch.device) -> DomainClas
     for _, (x, y) in zip(progress, stream, strict=False):
         with autocast(device, precision):
             logits = model(x.to(device))[1]
-        loss = F.cross_entropy(logits, y.to(device), label_smoothing=recipe["label_smoothing"])
+        loss = F.cross_entropy(logits, y.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -111,7 +111,7 @@ def check(config: EvaluateConfig) -> list[str]:
     n = config.n
     if "kid" in metrics and subset_size(config) > n:
         raise ValueError(f"--n {n} is less than --kid-subset-size {config.kid_subset_size}")
-    if "is" in metrics and -(-n // -(-n // config.splits)) != config.splits:
+    if "is" in metrics and not makes(n, config.splits):
         raise ValueError(
             f"--n {n} does not make {config.splits} splits: give more --n, or fewer --splits"
         )
@@ -135,14 +135,13 @@ def evaluate(config: EvaluateConfig, metrics: list[str]) -> dict:
     file = checkpoint.find(config.run)
     model, diffusion, info = checkpoint.load(file, device=device)
     cli.make_writable(file.parent, "RUN")
+    evaluation.read(file.parent)  # a file that is none is said before all the work
     steps = sampling_steps(config, diffusion.T)
     folder = cache.folder(config.cache)
     if metrics != ["nll"]:
         cli.make_writable(folder, "--cache")
-    conditional = model.config.get("num_classes")
-    if "agreement" in metrics and not conditional:
-        raise ValueError("--metrics agreement needs a class-conditional model (train --classes)")
-    train, test = real_pictures(config, info, model, metrics)
+    train, test = real_pictures(config, info, model)
+    check_pictures(config, metrics, info, model, train, test)
     record = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "run": str(config.run),
@@ -182,7 +181,7 @@ def evaluate(config: EvaluateConfig, metrics: list[str]) -> dict:
         record["nll"] = bits_per_dim(config, model, diffusion, test, file.parent, device)
     for note in record["notes"]:
         print(f"note: {note}", file=sys.stderr)
-    evaluation.add(file.parent / evaluation.FILE, record)
+    evaluation.add(file.parent, record)
     return record
 
 
@@ -194,7 +193,7 @@ def sampling_steps(config: EvaluateConfig, T: int) -> int:
     return steps
 
 
-def real_pictures(config: EvaluateConfig, info: dict, model, metrics: list[str]):
+def real_pictures(config: EvaluateConfig, info: dict, model):
     """Training and test pictures; a data set without a test set of its own lends a tenth."""
     import torch
 
@@ -221,6 +220,37 @@ def real_pictures(config: EvaluateConfig, info: dict, model, metrics: list[str])
             "held out as the test set"
         )
     return data.subset(images, order[held:]), data.subset(images, order[:held])
+
+
+def check_pictures(config: EvaluateConfig, metrics, info: dict, model, train, test) -> None:
+    """Raises ValueError, one sentence, where real pictures and metrics do not fit each other."""
+    conditional = model.config.get("num_classes")
+    if "agreement" in metrics and not conditional:
+        raise ValueError("--metrics agreement needs a class-conditional model (train --classes)")
+    if conditional and {"agreement", "nll"} & set(metrics):
+        found = [] if train.labels is None else list(train.classes)
+        if found != info.get("classes"):
+            raise ValueError(
+                f"{train.name} has the classes {', '.join(found) or '(none)'}, but the run was "
+                f"trained with {', '.join(info.get('classes', []))}: give --dataset with these"
+            )
+    n, k = min(config.n, len(test)), config.neighbours
+    if config.baseline and "is" in metrics and not makes(n, config.splits):
+        raise ValueError(
+            f"{n} test pictures do not make {config.splits} splits: use fewer --splits, or "
+            "--no-baseline"
+        )
+    fewest = min(n, len(train)) if config.baseline else len(train)
+    if "prc" in metrics and fewest <= k:
+        raise ValueError(
+            f"{train.name} has {len(train)} training and {len(test)} test pictures, too few for "
+            f"--neighbours {k}: use fewer, or --no-baseline"
+        )
+
+
+def makes(n: int, splits: int) -> bool:
+    """Whether n pictures, in parts of equal length but for the last, make so many parts."""
+    return -(-n // -(-n // splits)) == splits
 
 
 def choose_extractor(config: EvaluateConfig, metrics, train, test, folder: Path, device):
@@ -327,7 +357,7 @@ def bits_per_dim(config: EvaluateConfig, model, diffusion, test, folder: Path, d
         pixels = next(data.in_order(test, some, len(some)))
         x0 = (pixels.float() / 127.5 - 1).to(device)
         y = {"y": test.labels[some].to(device)} if conditional else {}
-        with autocast(device, precision), torch.no_grad():
+        with autocast(device, precision):
             terms = diffusion.bits_per_dim(
                 model, x0, **y, seed=config.seed, offset=i * config.batch, progress=True
             )

@@ -11,11 +11,22 @@ from .pictures import atomic
 FILE = "evaluation.json"  # in the run's folder: a list of records
 
 
-def add(path: Path, record: dict) -> None:
-    """Adds the record to the list in the file, atomically."""
-    records = json.loads(path.read_text()) if path.is_file() else []
-    lines = [json.dumps(each, ensure_ascii=False) for each in (*records, record)]
-    with atomic(path) as temporary:
+def read(folder: Path) -> list[dict]:
+    """The records of a run's folder. Raises ValueError, one sentence, for a file that has none."""
+    path = folder / FILE
+    try:
+        records = json.loads(path.read_text()) if path.is_file() else []
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        records = None
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"{path} is not what engine.evaluate writes: move it away")
+    return records
+
+
+def add(folder: Path, record: dict) -> None:
+    """Adds a record, atomically."""
+    lines = [json.dumps(each, ensure_ascii=False) for each in (*read(folder), record)]
+    with atomic(folder / FILE) as temporary:
         temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
@@ -71,16 +82,12 @@ def figure(found: dict, name: str) -> str:
 
 
 def terms_of(run: Path) -> dict:
-    """The "terms" of the last bits/dim in RUN/evaluation.json."""
-    path = (run.expanduser() if run.is_dir() else run.parent) / FILE
-    try:
-        records = json.loads(path.read_text()) if path.is_file() else []
-        found = [record["nll"]["terms"] for record in records if "nll" in record]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{path} is not what engine.evaluate writes: move it away") from None
+    """The "terms" over t of the last bits/dim of a run: "vb" and "mse" (T,)."""
+    run = run.expanduser()
+    found = [r["nll"] for r in read(run if run.is_dir() else run.parent) if r.get("nll")]
     if not found:
         hint = "" if run.exists() else neighbour(run)
         raise ValueError(
             f"{run} has no bits/dim yet{hint}: run python -m engine.evaluate {run} --metrics nll"
         )
-    return found[-1]
+    return found[-1]["terms"]

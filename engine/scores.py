@@ -137,7 +137,8 @@ def frechet_distance(mean: Tensor, cov: Tensor, features: Tensor) -> float:
     metric.real_features_cov_sum += cov.double()  # times count − 1 for a count of 2
     metric.real_features_num_samples += 2
     metric.update(features.double() - mean.double(), real=False)
-    return max(0.0, float(metric.compute()))  # rounding may end a little below zero
+    distance = float(metric.compute())
+    return 0.0 if distance < 0 else distance  # rounding may end a little below zero; NaN stays
 
 
 def kernel_distance(

@@ -34,6 +34,7 @@ def run(work, monkeypatch, capsys):
         Image.fromarray(pixels).save(work / "pictures" / "ab"[i % 2] / f"more{i}.png")
     monkeypatch.setattr(domain_classifier, "RECIPE", RECIPE)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(work / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(work / "caches"))
     assert train.main([*TRAIN, "--classes"]) == 0
     capsys.readouterr()
     return work / "run"
@@ -113,6 +114,12 @@ def test_bad_input_is_one_sentence_and_writes_nothing(run, capsys):
         (["run", "--metrics", "agreement", "--features", "inception"], "needs --features domain"),
         (["run", "--dataset", "moved"], "there is no such folder|could not|unknown"),
         (["run", "--cache", "pictures/b/1.png"], "--cache: cannot write .*it is a file"),
+        (["run", "--splits", "4", "--n", "60"], "6 test pictures do not make 4 splits: use fewer"),
+        (["run", "--neighbours", "7", "--metrics", "prc"], "54 training and 6 test.*too few for"),
+        (
+            ["run", "--dataset", "pictures/a", "--metrics", "nll"],
+            "a has the classes .none., but the run was trained with a, b",
+        ),
         (["run", "--device", "toaster"], "'toaster' is no device"),
     ):
         code = evaluate.main([*SMALL[2:], *args])
@@ -120,11 +127,16 @@ def test_bad_input_is_one_sentence_and_writes_nothing(run, capsys):
         assert code == 2 and said.out == "" and said.err.count("\n") == 1, (args, said.err)
         assert re.search(sentence, said.err), (sentence, said.err)
     after = {p: p.stat().st_mtime_ns for p in work.rglob("*")}
-    assert set(after) - set(before) <= {work / "kept"}
+    made = work / "caches", work / "caches" / "diffusion-engine"
+    assert set(after) - set(before) <= set(made)
+    (run / evaluation.FILE).write_text("{}")
+    assert evaluate.main(["run", *SMALL]) == 2
+    assert "is not what engine.evaluate writes: move it away" in capsys.readouterr().err
 
 
 def test_pictures_without_labels(work, capsys, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(work / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(work / "caches"))
     for file in list((work / "pictures").rglob("*.png")):
         file.rename(work / "pictures" / file.name)
     assert train.main(TRAIN) == 0
@@ -134,8 +146,10 @@ def test_pictures_without_labels(work, capsys, monkeypatch):
         (["--features", "domain"], "has no labels to train a domain classifier on"),
         (["--metrics", "agreement"], "needs a class-conditional model"),
     ):
-        assert evaluate.main(["run", *SMALL, *args]) == 2
+        assert evaluate.main(["run", *SMALL, "--no-baseline", *args]) == 2
         assert re.search(sentence, capsys.readouterr().err)
+    assert evaluate.main(["run", *SMALL]) == 2
+    assert "22 training and 2 test pictures, too few for" in capsys.readouterr().err
     for file in list((work / "pictures").glob("*.png"))[12:]:
         file.unlink()
     assert evaluate.main(["run", *SMALL]) == 2

@@ -181,7 +181,7 @@ def test_commands_draw(work, capsys, drawn):
 def test_bad_input_is_one_sentence_and_draws_nothing(work, capsys):
     assert train.main([*TINY]) == 0
     (work / "other").mkdir()
-    (work / "other" / "evaluation.json").write_text('[{"nll": 3}]')
+    (work / "other" / "evaluation.json").write_text('{"nll": 3}')
     capsys.readouterr()
     before = set(work.rglob("*"))
     for args, sentence in (
