@@ -127,7 +127,7 @@ def subset_size(config: EvaluateConfig) -> int:
 def evaluate(config: EvaluateConfig, metrics: list[str]) -> dict:
     """Draws, scores, adds a record to RUN/evaluation.json and returns it."""
     from . import cache, checkpoint, scores
-    from .device import choose_device
+    from .device import choose_device, choose_precision
 
     if {"fid", "kid", "is"} & set(metrics):
         import torchmetrics  # noqa: F401  # where it is missing, that is said before all the work
@@ -149,9 +149,10 @@ def evaluate(config: EvaluateConfig, metrics: list[str]) -> dict:
         "n": config.n,
         "seed": config.seed,
         "settings": {
-            **{k: getattr(config, k) for k in ("sampler", "eta", "clip", "batch", "precision")},
+            **{k: getattr(config, k) for k in ("sampler", "eta", "clip", "batch")},
             "steps": steps,
             "device": str(device),
+            "precision": str(choose_precision(config.precision, device)).removeprefix("torch."),
         },
         "notes": [],
         "results": {},

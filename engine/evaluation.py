@@ -44,11 +44,14 @@ def table(record: dict) -> str:
     """The record as text: settings, then a row per figure and a column per set of pictures."""
     s = record["settings"]
     lines = [
-        f"{record['run']}: {record['trained_steps']} training steps, EMA weights; {s['sampler']} "
-        f"with {s['steps']} steps{'' if s['clip'] else ', no clip'}, seed {record['seed']}"
+        f"{record['run']}: {record['trained_steps']} training steps, EMA weights; "
+        f"{s['device']}, {s['precision']}, seed {record['seed']}"
     ]
     sets = record["results"]
     if sets:
+        eta = f" and eta {s['eta']}" if s["eta"] else ""
+        clip = "" if s["clip"] else ", no clip"
+        lines.append(f"sampler: {s['sampler']} with {s['steps']} steps{eta}{clip}")
         lines.append(f"features: {record['features']}")
         heads = [f"{name}, n = {found['n']}" for name, found in sets.items()]
         lines.append(" " * 14 + "".join(f"{head:>26}" for head in heads))

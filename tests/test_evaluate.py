@@ -45,7 +45,7 @@ def test_a_run_is_scored(run, capsys):
     assert evaluate.main(options) == 0
     said = capsys.readouterr()
     for fact in (
-        *("2 training steps", "ddim with 2 steps", "seed 0", "samples, n = 24"),
+        *("2 training steps", "sampler: ddim with 2 steps", "seed 0", "samples, n = 24"),
         *("test pictures, n = 6", "against 54 training pictures", "domain classifier of"),
         *("16 features", "2 splits", "k = 3", "100 subsets of 12", "recipe"),
     ):
@@ -63,6 +63,22 @@ def test_a_run_is_scored(run, capsys):
     assert "once:" not in capsys.readouterr().err
     records = json.loads((run / evaluation.FILE).read_text())
     assert records[0] == record and list(records[1]["results"]) == ["samples"]
+
+
+def test_inception_sees_colour_bytes_and_its_weights_are_named(run, capsys, monkeypatch):
+    class Tiny(torch.nn.Module):
+        def forward(self, pixels):
+            assert pixels.dtype == torch.uint8 and pixels.shape[1:] == (3, 8, 8)
+            flat = pixels[:, 1].flatten(1).float()
+            return flat[:, :4], flat[:, :6]
+
+    (run.parent / "weights.pth").write_bytes(b"weights")
+    monkeypatch.setattr("engine.inception.load", lambda path: Tiny())
+    options = ["run", *SMALL, "--n", "24", "--inception-weights", "weights.pth"]
+    assert evaluate.main(options) == 0
+    assert "features: Inception-v3 (weights.pth, SHA-256 " in capsys.readouterr().out
+    found = json.loads((run / evaluation.FILE).read_text())[0]["results"]
+    assert found["test pictures"]["n"] == 6 and found["samples"]["fid"] > 0
 
 
 def test_too_few_pictures_for_the_features_are_told(run, capsys):
