@@ -77,7 +77,7 @@ class EvaluateConfig:
     device: Annotated[str | None, cli.left_out("cuda where there is one, else cpu", "NAME")] = None
     """Device: cpu, cuda, cuda:1 …"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic of the U-Net; auto is bf16 where the device has it."""
+    """Arithmetic of the U-Net; auto is bf16 where the device has it, but fp32 for bits/dim."""
 
 
 def command(args: Sequence[str] | None) -> None:
@@ -350,7 +350,9 @@ def bits_per_dim(config: EvaluateConfig, model, diffusion, test, folder: Path, d
 
     n = min(config.nll_n or min(100, config.n), len(test))
     chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:n]
-    precision = choose_precision(config.precision, device)
+    # bfloat16 would add to the bits: 0.014 of 3.87 on Fashion-MNIST.
+    asked = "fp32" if config.precision == "auto" else config.precision
+    precision = choose_precision(asked, device)
     conditional = model.config.get("num_classes")
     parts: dict[str, list] = {name: [] for name in ("total", "prior", "vb", "mse")}
     pieces = chosen.split(config.batch)
@@ -375,6 +377,7 @@ def bits_per_dim(config: EvaluateConfig, model, diffusion, test, folder: Path, d
         "decoder": float(vb[:, 0].mean()),  # −log p(x_0 | x_1)
         "kl": float(vb[:, 1:].sum(1).mean()),
         "T": diffusion.T,
+        "precision": str(precision).removeprefix("torch."),
         "terms": {name: [float(f"{v:.5g}") for v in values] for name, values in terms.items()},
     }
 

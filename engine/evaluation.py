@@ -72,7 +72,7 @@ def table(record: dict) -> str:
         lines.append(
             f"bits/dim ↓    {nll['bits_per_dim']:.4f}{'' if error is None else f' ± {error:.4f}'}"
             f" (standard error) = prior {nll['prior']:.3g} + KL terms {nll['kl']:.4f} + decoder "
-            f"{nll['decoder']:.4f}; T = {nll['T']}, {nll['n']} test pictures, "
+            f"{nll['decoder']:.4f}; T = {nll['T']}, {nll['n']} test pictures, {nll['precision']}, "
             f"{Path(record['run'])}/nll.png"
         )
     return "\n".join(lines)

@@ -94,6 +94,7 @@ def test_bits_per_dim_is_printed_with_its_parts(run, capsys, monkeypatch):
     from engine import Diffusion
 
     def terms(self, model, x0, *, y, **options):
+        assert not torch.is_autocast_enabled("cpu")
         assert x0.shape[1:] == (1, 8, 8) and len(y) == len(x0) and -1 <= x0.min() < x0.max() <= 1
         n = torch.arange(len(x0), dtype=torch.float64)
         vb = torch.full((len(x0), 10), 0.25, dtype=torch.float64)
@@ -104,7 +105,7 @@ def test_bits_per_dim_is_printed_with_its_parts(run, capsys, monkeypatch):
     said = capsys.readouterr().out
     error = math.sqrt(5 / 3) / 2
     assert f"4.5000 ± {error:.4f} (standard error) = prior 0.5 + KL terms 2.2500" in said
-    assert "decoder 0.2500; T = 10, 4 test pictures" in said
+    assert "decoder 0.2500; T = 10, 4 test pictures, float32, " in said
     assert Image.open(run / "nll.png").size[0] > 100 and not (run.parent / "kept").exists()
 
 
