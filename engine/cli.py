@@ -38,6 +38,26 @@ def parse(config_class: type, prog: str, args: Sequence[str] | None = None, defa
         raise
 
 
+def parse_command(commands: dict[str, type], prog: str, args: Sequence[str] | None = None):
+    """`prog NAME …` → the options of commands[NAME], a dataclass whose docstring is its help.
+
+    Exits as `parse` does; for --help without a name, after a list of them. Raises ValueError for a
+    name that is none.
+    """
+    name, *rest = (sys.argv[1:] if args is None else list(args)) or [""]
+    if name in ("-h", "--help"):
+        print(f"usage: {prog} COMMAND [-h] …\n")
+        for known, config_class in commands.items():
+            print(f"  {known:<12}{config_class.__doc__.splitlines()[0]}")
+        raise SystemExit(0)
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, 1)
+        fault = f"{name!r} is unknown" if name else "the command is missing"
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"{fault}{hint}: choose one of {', '.join(commands)}; see {prog} --help")
+    return parse(commands[name], f"{prog} {name}", rest)
+
+
 def left_out(meaning: str, metavar: str | None = None):
     """For an option whose default is None: what --help says that it stands for.
 

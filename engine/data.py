@@ -8,6 +8,7 @@ seen uninterrupted.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import os
@@ -142,7 +143,7 @@ def batch(
     if images.pixels is not None:
         pixels = images.pixels[indices]
     else:
-        pixels, indices = _decode(images, indices)
+        pixels, indices = decode(images, indices)
     x = pixels.float().div_(127.5).sub_(1.0)
     if flip:
         mirrored = torch.rand(size, generator=generator(seed, 1, step)) < 0.5
@@ -166,8 +167,11 @@ def batches(
             yield ready
 
 
-def _decode(images: Images, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Decodes a batch in threads; an unreadable picture is replaced by the next readable one."""
+def decode(images: Images, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels (n, C, H, W) uint8 and the numbers of the pictures, decoded in threads.
+
+    An unreadable picture is replaced by the next readable one.
+    """
 
     def one(index: int) -> tuple[int, np.ndarray]:
         for candidate in range(index, index + len(images)):
@@ -182,6 +186,20 @@ def _decode(images: Images, indices: Tensor) -> tuple[Tensor, Tensor]:
         decoded = list(pool.map(one, indices.tolist()))
     pixels = torch.from_numpy(np.stack([picture for _, picture in decoded]))
     return pixels, torch.tensor([index for index, _ in decoded])
+
+
+def in_order(images: Images, indices: Tensor, size: int) -> Iterator[Tensor]:
+    """The pictures of these numbers once, as they are: (≤ size, C, H, W) uint8."""
+    for some in indices.split(size):
+        yield images.pixels[some] if images.pixels is not None else decode(images, some)[0]
+
+
+def subset(images: Images, indices: Tensor) -> Images:
+    """The data set of these pictures alone."""
+    pixels = None if images.pixels is None else images.pixels[indices]
+    read = None if images.read is None else lambda i: images.read(int(indices[i]))
+    labels = None if images.labels is None else images.labels[indices]
+    return dataclasses.replace(images, count=len(indices), pixels=pixels, read=read, labels=labels)
 
 
 def _unreadable(images: Images) -> str:

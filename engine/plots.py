@@ -1,100 +1,211 @@
-"""Pictures: grids of samples, strips of the reverse process, loss curves; PNG, atomically."""
+"""Pictures, whole or not there: all that draws them, and `python -m engine.plots`.
+
+schedules | forward | reverse | gif | vlb: each draws one.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
+from . import cli
+from .curves import forward_strips, loss_curve, schedule_curves, vlb_terms
+from .evaluation import terms_of
+from .pictures import atomic, film, grid, strip, to_bytes
 
+if TYPE_CHECKING:  # late, so that --help and a wrong option are answered without waiting for torch
+    from torch import Tensor
 
-def to_bytes(images: Tensor) -> np.ndarray:
-    """Images (N, C, H, W) in [-1, 1], any float dtype → (N, H, W, C) uint8."""
-    scaled = images.detach().float().add(1).mul(127.5).round_().clamp_(0, 255)
-    return scaled.nan_to_num_(0).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+try:
+    from tyro.conf import Positional
+except ImportError:  # cli.parse says so; the functions need no tyro
+    Positional = None
 
+__all__ = [
+    "atomic",
+    "film",
+    "forward_strips",
+    "grid",
+    "loss_curve",
+    "schedule_curves",
+    "strip",
+    "to_bytes",
+    "vlb_terms",
+]
 
-def grid(
-    images: Tensor, path: str | os.PathLike, *, columns: int | None = None, scale: int = 2
-) -> Path:
-    """Draws images (N, C, H, W) in [-1, 1] in rows of `columns` (default: as square as can be).
-
-    Each pixel becomes scale × scale pixels; C is 1 (grey) or 3 (RGB).
-    """
-    from PIL import Image
-
-    if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images):
-        raise ValueError(f"a grid needs images (N, 1 or 3, H, W), N ≥ 1, not {tuple(images.shape)}")
-    pixels = to_bytes(images)
-    n, h, w, c = pixels.shape
-    columns = min(n, columns or math.ceil(math.sqrt(n)))
-    rows = math.ceil(n / columns)
-    gap = 1
-    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 255, np.uint8)
-    for i, image in enumerate(pixels):
-        top, left = i // columns * (h + gap) + gap, i % columns * (w + gap) + gap
-        sheet[top : top + h, left : left + w] = image
-    sheet = sheet.repeat(scale, 0).repeat(scale, 1)
-    with atomic(path) as temporary:
-        Image.fromarray(sheet[..., 0] if c == 1 else sheet).save(temporary, format="PNG")
-    return Path(path)
+PROG = "python -m engine.plots"
 
 
-def strip(states: Sequence[Tensor], path: str | os.PathLike, *, scale: int = 2) -> Path:
-    """Draws the reverse process, one row per image: states x_T … x_0, each (N, C, H, W)."""
-    if not len(states):
-        raise ValueError("a strip needs at least one state")
-    table = torch.stack([state.float() for state in states], dim=1)  # (N, states, C, H, W)
-    return grid(table.flatten(0, 1), path, columns=len(states), scale=scale)
+@dataclass(frozen=True)
+class Schedules:
+    """Draw ᾱ_t, SNR and β_t of all noise schedules."""
+
+    out: Path = Path("schedules.png")
+    """Picture to write, PNG."""
+    timesteps: int = 1000
+    """Diffusion steps T."""
+
+    def draw(self) -> None:
+        schedule_curves(self.out, at_least(1, self, "timesteps"))
 
 
-def loss_curve(run: str | os.PathLike, path: str | os.PathLike | None = None) -> Path:
-    """Draws the loss of a run from its metrics.jsonl → run/loss.png (or `path`)."""
-    import matplotlib
+@dataclass(frozen=True)
+class Forward:
+    """Draw the forward process of one picture under each noise schedule."""
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    out: Path = Path("forward.png")
+    """Picture to write, PNG."""
+    dataset: str = "fashion-mnist"
+    """Where the picture comes from, as for engine.train."""
+    data_dir: Annotated[
+        Path | None, cli.left_out("Debian's dataset-fashion-mnist, or download")
+    ] = None
+    """Folder with Fashion-MNIST's four IDX files."""
+    index: int = 0
+    """Number of the picture in the data set."""
+    size: Annotated[int | None, cli.left_out("28 for fashion-mnist, else 64")] = None
+    """Height and width in pixels."""
+    timesteps: int = 1000
+    """Diffusion steps T."""
+    states: int = 11
+    """Pictures in a row, from t = 0 to T - 1."""
+    seed: int = 0
+    """Seed of the noise."""
 
-    from .metrics import read_metrics
+    def draw(self) -> None:
+        from . import data
 
-    rows = [row for row in read_metrics(run) if row.get("loss") is not None]
-    path = Path(run) / "loss.png" if path is None else Path(path)
-    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    smooth, average, weight = [], 0.0, 0.0
-    for loss in losses:  # over the weights so far: a start at the first loss would show for long
-        average, weight = 0.95 * average + 0.05 * loss, 0.95 * weight + 0.05
-        smooth.append(average / weight)
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120, layout="constrained")
-    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="loss of a batch")
-    axes.plot(steps, smooth, color="tab:blue", linewidth=1.5, label="moving average")
-    if losses and min(losses) > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set(xlabel="optimiser step", ylabel="loss", title=str(Path(run).name))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    try:
-        with atomic(path) as temporary:
-            figure.savefig(temporary, format="png")
-    finally:
-        pyplot.close(figure)
-    return path
+        T = at_least(1, self, "timesteps")
+        states = at_least(2, self, "states")
+        grey = self.dataset == "fashion-mnist"
+        images = data.open_dataset(
+            self.dataset,
+            size=(28 if grey else 64) if self.size is None else self.size,
+            channels=1 if grey else 3,
+            data_dir=self.data_dir,
+        )
+        if not 0 <= self.index < len(images):
+            raise ValueError(f"--index {self.index} must lie in 0 … {len(images) - 1}")
+        pixels = images.read(self.index) if images.pixels is None else images.pixels[self.index]
+        import torch
+
+        image = torch.as_tensor(pixels).float() / 127.5 - 1
+        forward_strips(image, self.out, T=T, states=states, seed=self.seed)
 
 
-@contextlib.contextmanager
-def atomic(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when all went well and removed when not."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+@dataclass(frozen=True)
+class Reverse:
+    """Draw samples of a run on their way from x_T to x_0, a row each."""
+
+    run: Annotated[Path, Positional]
+    """Folder of a run, or its checkpoint file."""
+    out: Path = Path("reverse.png")
+    """Picture to write, PNG."""
+    n: int = 8
+    """Samples."""
+    states: int = 10
+    """Pictures of each, x_T and x_0 among them."""
+    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm"
+    """Sampler."""
+    steps: int = 100
+    """Steps of the reverse process, at most the T that the model was trained with."""
+    seed: int = 0
+    """Seed of the noise."""
+    device: Annotated[str | None, cli.left_out("cuda where there is one, else cpu", "NAME")] = None
+    """Device to sample on: cpu, cuda, cuda:1 …"""
+
+    def draw(self) -> None:
+        strip(self.trajectory(self.states, "states"), self.out)
+
+    def trajectory(self, count: int, option: str) -> list[Tensor]:
+        """`count` states (n, C, H, W) of the run's EMA weights, from x_T to x_0."""
+        import torch
+
+        from .checkpoint import load
+        from .device import autocast, choose_device, choose_precision
+        from .samplers import sample
+
+        for name, low in (("n", 1), ("steps", 1), (option, 2)):
+            at_least(low, self, name)
+        device = choose_device(self.device)
+        model, diffusion, _ = load(self.run, device=device)
+        c = model.config
+        classes = c.get("num_classes")
+        with autocast(device, choose_precision("auto", device)):
+            return sample(
+                model,
+                diffusion,
+                (self.n, c["in_channels"], c["image_size"], c["image_size"]),
+                sampler=self.sampler,
+                steps=min(self.steps, diffusion.T),
+                seed=self.seed,
+                y=torch.arange(self.n, device=device) % classes if classes else None,
+                progress=True,
+                trajectory=count,
+            )[1]
+
+
+@dataclass(frozen=True)
+class Gif(Reverse):
+    """Draw samples of a run on their way from x_T to x_0 as an endless film."""
+
+    out: Path = Path("reverse.gif")
+    """Picture to write, GIF."""
+    n: int = 16
+    """Samples."""
+    states: int = 50
+    """Frames, x_T and x_0 among them; at most --steps + 1."""
+    seconds: float = 4.0
+    """Length of the film, without the 2 s for which x_0 stays."""
+
+    def draw(self) -> None:
+        if not 0 < self.seconds <= 600:
+            raise ValueError(f"--seconds must lie in 0 … 600, not {self.seconds}")
+        film(self.trajectory(self.states, "states"), self.out, seconds=self.seconds)
+
+
+@dataclass(frozen=True)
+class Vlb:
+    """Draw the terms of the variational bound over t, of the last bits/dim of each run."""
+
+    runs: Annotated[tuple[Path, ...], Positional]
+    """Folders of runs that `python -m engine.evaluate RUN --metrics nll` has evaluated."""
+    out: Path = Path("vlb.png")
+    """Picture to write, PNG."""
+
+    def draw(self) -> None:
+        if not self.runs:
+            raise ValueError("give the folder of a run at least")
+        vlb_terms({str(run): terms_of(run) for run in self.runs}, self.out)
+
+
+COMMANDS = {"schedules": Schedules, "forward": Forward, "reverse": Reverse, "gif": Gif, "vlb": Vlb}
+
+
+def at_least(low: int, config, name: str) -> int:
+    """The option's value. Raises ValueError, one sentence, if it is less."""
+    value = getattr(config, name)
+    if value < low:
+        raise ValueError(f"{cli.option(name)} must be at least {low}, not {value}")
+    return value
+
+
+def command(args: Sequence[str] | None) -> None:
+    config = cli.parse_command(COMMANDS, PROG, args)
+    suffix = ".gif" if isinstance(config, Gif) else ".png"
+    if config.out.suffix.lower() != suffix or config.out.is_dir():
+        raise ValueError(f"--out {config.out}: give the name of a {suffix} file")
+    cli.make_writable(config.out.absolute().parent, "--out")
+    config.draw()
+    print(config.out)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return cli.main(command, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
