@@ -67,7 +67,8 @@ def gencode_flags() -> list[str]:
 
 def extension(cpp_extension):
     cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi", "-fno-math-errno"]
-    cxx += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 warns of its own AVX-512 header
+    # GCC 12 warns of its own AVX-512 header.
+    cxx += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
     cxx += ["-fno-trapping-math", f"-DTORCH_TARGET_VERSION={TARGET_VERSION:#018x}ULL"]
     cxx += ["-ffp-contract=off"]  # the noise has the same bits everywhere: no silent fma
     sources = [*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))]

@@ -51,6 +51,8 @@ class TrainConfig:
     """Colours of the pictures: 1 grey, 3 RGB."""
     classes: bool = False
     """Train a class-conditional model; in a folder of pictures, the sub-folders are the classes."""
+    label_dropout: float = 0.0
+    """Share of labels left out, with --classes: classifier-free guidance needs it; 0.1 is usual."""
     flip: bool = False
     """Mirror half of the pictures, left to right."""
 
@@ -155,6 +157,11 @@ def validate(config: TrainConfig) -> None:
             raise ValueError(f"{cli.option(name)} must lie in 0 … 1, not {getattr(config, name)}")
     if not -(2**63) <= config.seed < 2**63:
         raise ValueError(f"--seed must fit 64 bits, not {config.seed}")
+    if config.label_dropout and not (config.classes and 0 < config.label_dropout <= 1):
+        raise ValueError(
+            f"--label-dropout {config.label_dropout} must lie in 0 … 1 and needs --classes: it "
+            "leaves out that share of the labels"
+        )
     simple, mixed = ("l1", "l2", "huber"), ("hybrid", "l2_vlb")
     if config.variance == "learned_range" and config.loss in simple:
         raise ValueError(
@@ -303,6 +310,8 @@ def new_model(config: TrainConfig, size: int, channels: int, classes: int | None
 
     options = {} if config.width is None else {"model_channels": config.width}
     options["out_channels"] = channels * (2 if config.variance == "learned_range" else 1)
+    if config.label_dropout:
+        options["label_dropout"] = config.label_dropout
     torch.manual_seed(config.seed)
     try:
         return UNet.from_preset(
