@@ -170,6 +170,7 @@ def test_help_teaches_every_option(main, capsys):
         (["--device", "toaster"], "'toaster' is no device"),
         (["--device", "mps"], "device mps is not supported: give cpu or cuda"),
         (["--device", "cuda:99"], NO_CUDA),
+        (["--label-dropout", "0.1"], "--label-dropout 0.1 must lie in 0 … 1 and needs --classes"),
         (["--dataset", "pictures/a", "--classes"], "lies in no class folder.*leave --classes out"),
     ],
 )

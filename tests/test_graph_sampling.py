@@ -59,7 +59,7 @@ def graphs(monkeypatch):
             classifier=lambda x, t: x.sum(3)[:, 0],
         ),
     ],
-    ids=str,
+    ids=lambda options: "-".join([options["sampler"], *list(options)[1:]]),
 )
 @pytest.mark.parametrize("impl", ["eager", "native"])
 def test_replays_give_the_images_of_the_plain_loop(graphs, impl, options):

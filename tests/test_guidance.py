@@ -311,7 +311,7 @@ def test_gradient_of_a_class():
             "the classifier's logits have no gradient",
         ),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_bad_guidance(options, sentence):
     net = Network()

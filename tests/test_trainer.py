@@ -347,9 +347,10 @@ def test_the_checkpoint_is_the_first_file_of_a_run(work, monkeypatch):
 
 
 def test_class_conditional_run(work):
-    run = train(config(work, classes=True, samples=4))
+    run = train(config(work, classes=True, label_dropout=0.25, samples=4))
     model, _, info = engine.load(run)
     assert model.config["num_classes"] == 2 and info["classes"] == ["a", "b"]
+    assert model.null_label == 2 and model.config["label_dropout"] == 0.25
 
 
 def test_learning_rate_warms_up_and_decays(work):
