@@ -9,6 +9,7 @@ import json
 import math
 from pathlib import Path
 
+import cpu_plot
 import gpu_report
 from gpu_results import RESULTS, ROOT, SCHEMA
 
@@ -113,7 +114,10 @@ def main(arguments: list[str] | None = None) -> None:
         full += [*NOTES, ""]
     for result in on_cpu:
         benchmarks = result["benchmarks"]
-        full += [f"## {device(result)}", "", *summary(benchmarks), "", *table(benchmarks), ""]
+        full += [f"## {device(result)}", ""]
+        if picture := cpu_plot.draw(result, folder):
+            full += [f"![times as fast]({picture})", ""]
+        full += [*summary(benchmarks), "", *table(benchmarks), ""]
         chosen = [b for b in benchmarks if b["name"] in HEADLINE]
         short += [f"{device(result)}:", "", *table(chosen), ""]
     (folder / "RESULTS.md").write_text("\n".join(full))
