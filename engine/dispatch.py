@@ -189,7 +189,9 @@ def pick(op: str, impl: str, *args) -> str:
     if explicit == "auto":
         device = args[0].device
         for backend in ORDER[op].get(device.type, ("eager",)):
-            if device.type == "cuda" and backend != "eager" and not cases_on(device, op, backend):
+            if backend == "eager":  # it refuses nothing
+                break
+            if device.type == "cuda" and not cases_on(device, op, backend):
                 continue
             if sdpa_faster(op, backend, args):
                 continue

@@ -95,17 +95,21 @@ def empty_like_pair(x: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
 
 
+# Order of the channels, slowest first → the permutation to (3, N, heads, S, D) of
+# (N, S, <the three>).
+_QKV = {"3hd": (2, 0, 3, 1, 4), "h3d": (3, 0, 2, 1, 4), "hd3": (4, 0, 2, 1, 3)}
+
+
 def split_qkv(
     qkv: torch.Tensor,  # (N, S, 3·heads·D)
     heads: int,
     order: str,  # of the channels, slowest first: "3hd", "h3d" or "hd3"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k, v (N, heads, S, D): views, for "hd3" of stride 3 along D."""
-    head_dim = qkv.shape[2] // (3 * heads)
-    sizes = {"3": 3, "h": heads, "d": head_dim}
-    parts = qkv.unflatten(2, [sizes[name] for name in order])
-    at = {name: 2 + i for i, name in enumerate(order)}
-    return parts.permute(at["3"], 0, at["h"], 1, at["d"]).unbind()
+    sizes = {"3": 3, "h": heads, "d": qkv.shape[2] // (3 * heads)}
+    a, b, c = order
+    parts = qkv.unflatten(2, (sizes[a], sizes[b], sizes[c]))
+    return parts.permute(_QKV[order]).unbind()
 
 
 def merged(out: torch.Tensor) -> torch.Tensor:
