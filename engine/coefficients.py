@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import schedules
-from .diffusion import Diffusion, log_variance_range, posterior_rows
+from .diffusion import Diffusion
 
 SAMPLERS = ("ddpm", "ddim", "dpm++", "heun")
 SPACINGS = ("uniform", "karras")
@@ -129,10 +129,10 @@ def _rows(diffusion: Diffusion, alpha_bar: Tensor, **columns: Tensor) -> Tensor:
 
 
 def _ddpm(diffusion: Diffusion, alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float) -> dict:
-    c, d, variance = posterior_rows(alpha_bar, alpha_bar_prev, diffusion.variance)
+    c, d, variance = schedules.posterior_rows(alpha_bar, alpha_bar_prev, diffusion.variance)
     if diffusion.variance != "learned_range":
         return {"c": c, "d": d, "s": variance.sqrt(), "g1": variance}
-    lo, hi = log_variance_range(alpha_bar, alpha_bar_prev)
+    lo, hi = schedules.log_variance_range(alpha_bar, alpha_bar_prev)
     one = torch.ones_like(c)
     return {"c": c, "d": d, "s": one, "g1": one, "lo": lo, "hi": hi}
 
@@ -184,7 +184,7 @@ def _heun(
     """
     t, sigma = t.flip(0), _sigma(alpha_bar.flip(0))
     gamma = min(s_churn / len(sigma), math.sqrt(2) - 1)
-    gamma = torch.where((sigma >= s_min) & (sigma <= s_max), gamma, 0.0)
+    gamma = gamma * ((sigma >= s_min) & (sigma <= s_max)).double()
     churned = torch.minimum(sigma * (1 + gamma), sigma[0])
     later = torch.cat([sigma[1:], torch.zeros(1, dtype=torch.float64)])
 

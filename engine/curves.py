@@ -106,7 +106,7 @@ def vlb_terms(terms: dict[str, dict[str, Sequence[float]]], path: str | os.PathL
                 axes.plot(
                     range(1, len(term[key]) + 1),
                     [max(value, 1e-12) for value in term[key]],
-                    label=f"{name}: {total:.3f} bits/dim" if key == "vb" else name,
+                    label=f"{name}: {total:.3f} bits/dim and the prior's" if key == "vb" else name,
                     linewidth=1,
                 )
         left.set(title="terms of the variational bound, bits/dim")

@@ -37,6 +37,9 @@ class Diffusion:
                 T = 1000). In the last two L_t does not reach the mean: it trains the variance,
                 which must be learned, and l2 the mean
 
+    rescale_timesteps  the model knows t as t·1000/T, float32, whatever T: so do those of Nichol &
+                Dhariwal 2021, trained with T = 4000 (checkpoint.load_openai, "iddpm-…")
+
     A model is called with t, or where `respaced` made the process from a longer one, with the
     longer one's: model_steps(t).
     """
@@ -48,6 +51,7 @@ class Diffusion:
         prediction: str = "eps",
         variance: str = "small",
         loss: str = "l2",
+        rescale_timesteps: bool = False,
     ) -> None:
         for name, value, choices in (
             ("prediction", prediction, PREDICTIONS),
@@ -74,7 +78,9 @@ class Diffusion:
         self.alpha_bar = schedules.alpha_bar(beta)
         self.alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
         self.timesteps = torch.arange(self.T)  # what the model is called with
-        self._respaced = False
+        if rescale_timesteps:
+            self.timesteps = (self.timesteps.double() * (1000 / self.T)).float()
+        self._own_steps = not rescale_timesteps  # t itself
         self._tables: dict = {}
 
     def respaced(self, steps: int | str | Sequence[int]) -> "Diffusion":
@@ -92,16 +98,14 @@ class Diffusion:
         process = Diffusion(beta, **options)
         process.alpha_bar, process.alpha_bar_prev = alpha_bar, alpha_bar_prev
         process.timesteps = self.timesteps[kept]
-        process._respaced = process.timesteps[-1].item() != process.T - 1
+        process._own_steps = torch.equal(process.timesteps, torch.arange(process.T))
         return process
 
     def model_steps(self, t: Tensor) -> Tensor:
         """What a model is called with for steps t, any shape."""
-        if not self._respaced:
+        if self._own_steps:
             return t
-        if ("timesteps", t.device) not in self._tables:
-            self._tables["timesteps", t.device] = self.timesteps.to(t.device)
-        return self._tables["timesteps", t.device][t]
+        return self._kept(("timesteps", t.device), lambda: self.timesteps.to(t.device))[t]
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε (Ho et al. 2020, eq. 4). x0, noise (N, *); t (N,) int64.
@@ -299,9 +303,13 @@ class Diffusion:
         return torch.zeros_like(root), torch.ones_like(root)
 
     def _rows_on(self, device: torch.device) -> Tensor:  # (T, 4) float32
-        if ("forward_rows", device) not in self._tables:
-            self._tables["forward_rows", device] = self.forward_rows().float().to(device)
-        return self._tables["forward_rows", device]
+        return self._kept(("forward_rows", device), lambda: self.forward_rows().float().to(device))
+
+    def _kept(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._tables:
+            with torch.inference_mode(False):  # else a backward pass could not save it later
+                self._tables[key] = make()
+        return self._tables[key]
 
     def _table(self, name: str) -> Tensor:  # (T,) float64
         if name in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"):
@@ -309,7 +317,7 @@ class Diffusion:
         if name in ("x0_from_x", "x0_from_out"):
             return self.x0_rows()[name == "x0_from_out"]
         if name in ("log_small", "log_ratio"):
-            small, large = log_variance_range(self.alpha_bar, self.alpha_bar_prev)
+            small, large = schedules.log_variance_range(self.alpha_bar, self.alpha_bar_prev)
             if name == "log_small":
                 return small
             if self.variance == "large":
@@ -318,18 +326,19 @@ class Diffusion:
         if name == "posterior_unit":  # 0 at t = 0, where the posterior is a point
             snr = self.alpha_bar / (1 - self.alpha_bar)
             return torch.cat([torch.zeros_like(snr[:1]), -snr.diff()]).sqrt()
-        x0, x, variance = posterior_rows(self.alpha_bar, self.alpha_bar_prev, self.variance)
+        x0, x, variance = schedules.posterior_rows(
+            self.alpha_bar, self.alpha_bar_prev, self.variance
+        )
         return {"posterior_x0": x0, "posterior_x": x, "posterior_variance": variance}[name]
 
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """Table entries for t, shaped to broadcast over `like` (N, *)."""
         _check_steps(t, like.shape[0], self.T)
         key = (name, like.device, like.dtype)
-        if key not in self._tables:
-            # Never below float32: in bfloat16, √ᾱ of neighbouring steps would be the same number.
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            self._tables[key] = self._table(name).to(device=like.device, dtype=dtype)
-        return self._tables[key][t].reshape(-1, *[1] * (like.dim() - 1))
+        # Never below float32: in bfloat16, √ᾱ of neighbouring steps would be the same number.
+        to = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+        table = self._kept(key, lambda: self._table(name).to(**to))
+        return table[t].reshape(-1, *[1] * (like.dim() - 1))
 
 
 def check_output(out: Tensor) -> Tensor:
@@ -364,33 +373,3 @@ def _check_like(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
             f"{name} is {tuple(tensor.shape)} and {other} {tuple(like.shape)} {like.dtype}, "
             "expected the same shape (N, *), floating point"
         )
-
-
-def posterior_rows(
-    alpha_bar: Tensor, alpha_bar_prev: Tensor, variance: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients of x_0 and x_t in the posterior mean, and the variance; (n,) float64 each.
-
-    Written in ᾱ of this step and of the next lower kept one, so that it also serves runs that skip
-    steps: α = ᾱ/ᾱ_prev, β = 1 − α.
-    """
-    alpha = alpha_bar / alpha_bar_prev
-    beta = 1 - alpha
-    from_x0 = beta * alpha_bar_prev.sqrt() / (1 - alpha_bar)
-    from_x = (1 - alpha_bar_prev) * alpha.sqrt() / (1 - alpha_bar)
-    small = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
-    if variance != "large":
-        return from_x0, from_x, small
-    large = beta.clone()
-    if len(large) > 1:
-        large[0] = small[1]
-    return from_x0, from_x, large
-
-
-def log_variance_range(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, Tensor]:
-    """log β̃ and log β (n,) float64, between which a learned variance lies; β̃_1 for β̃_0 = 0."""
-    small, large = (
-        posterior_rows(alpha_bar, alpha_bar_prev, name)[2] for name in ("small", "large")
-    )
-    small = torch.cat([large[:1], small[1:]])
-    return small.log(), (1 - alpha_bar / alpha_bar_prev).log()

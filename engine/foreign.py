@@ -53,6 +53,9 @@ def load_openai(
                preset has its own ("adm-64" 3hd, the others h3d); it must be named for the rest,
                since the wrong one loads without complaint and draws noise.
 
+    The models of Nichol & Dhariwal 2021 ("iddpm-…") know t as t·1000/T: sample them with
+    Diffusion(betas("cosine", 4000), variance="learned_range", rescale_timesteps=True).
+
     Raises CheckpointError (a ValueError), one sentence, for a file that cannot be read or does not
     fit, and for an order that is unknown or not the preset's.
     Sources: Nichol & Dhariwal 2021; Dhariwal & Nichol 2021; Karras et al. 2022.

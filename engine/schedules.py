@@ -149,3 +149,33 @@ def _strided(T: int, count: int) -> list[int]:
             f"counts are {' and '.join(map(str, near)) or 'none'}"
         )
     return list(range(0, T, lengths[count]))
+
+
+def posterior_rows(
+    alpha_bar: Tensor, alpha_bar_prev: Tensor, variance: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients of x_0 and x_t in the posterior mean, and the variance; (n,) float64 each.
+
+    Written in ᾱ of this step and of the next lower kept one, so that it also serves runs that skip
+    steps: α = ᾱ/ᾱ_prev, β = 1 − α.
+    """
+    alpha = alpha_bar / alpha_bar_prev
+    beta = 1 - alpha
+    from_x0 = beta * alpha_bar_prev.sqrt() / (1 - alpha_bar)
+    from_x = (1 - alpha_bar_prev) * alpha.sqrt() / (1 - alpha_bar)
+    small = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    if variance != "large":
+        return from_x0, from_x, small
+    large = beta.clone()
+    if len(large) > 1:
+        large[0] = small[1]
+    return from_x0, from_x, large
+
+
+def log_variance_range(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, Tensor]:
+    """log β̃ and log β (n,) float64, between which a learned variance lies; β̃_1 for β̃_0 = 0."""
+    small, large = (
+        posterior_rows(alpha_bar, alpha_bar_prev, name)[2] for name in ("small", "large")
+    )
+    small = torch.cat([large[:1], small[1:]])
+    return small.log(), (1 - alpha_bar / alpha_bar_prev).log()

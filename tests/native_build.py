@@ -19,8 +19,8 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
-# Of setup.py, but for -O1: the build is most of these tests' time.
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-ffp-contract=off"]
+# Of setup.py.
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-ffp-contract=off"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 EPS = {"f32": 2.0**-23, "bf16": 2.0**-7, "f16": 2.0**-10}
 

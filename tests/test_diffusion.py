@@ -389,3 +389,40 @@ def test_a_model_is_called_with_the_original_steps():
         a = engine.sample(model, linear(), (1, 1, 4, 4), steps="3,4", sampler=sampler)
         b = engine.sample(model, linear().respaced("3,4"), (1, 1, 4, 4), sampler=sampler)
         assert torch.equal(a, b)
+
+
+def test_rescaled_timesteps():
+    """A model of T = 4000 that knows t as t·1000/T, its respaced process, and its samples."""
+    beta = schedules.betas("cosine", 4000)
+    process = engine.Diffusion(beta, rescale_timesteps=True)
+    t = torch.tensor([0, 1, 3999])
+    torch.testing.assert_close(process.model_steps(t), torch.tensor([0, 0.25, 999.75]))
+    short = process.respaced(5)
+    called = []
+
+    def model(x, t):
+        called.append(t[0].item())
+        return torch.zeros_like(x)
+
+    engine.sample(model, short, (1, 1, 4, 4))
+    torch.testing.assert_close(called, (short.timesteps.flip(0)).tolist())
+    assert called[0] == 999.75 and called[-1] == 0
+    called.clear()
+    engine.sample(model, process, (1, 1, 4, 4), sampler="heun", steps=3)
+    assert max(called) == pytest.approx(999.75) and min(called) == pytest.approx(0, abs=1e-3)
+    plain = engine.Diffusion(beta)
+    assert torch.equal(plain.model_steps(t), t)
+
+
+def test_tables_made_under_inference_mode_serve_training():
+    process = engine.Diffusion(schedules.betas("linear", 10))
+    x0, t = torch.rand(2, 1, 4, 4) * 2 - 1, torch.tensor([1, 3])
+    scale = torch.ones((), requires_grad=True)
+
+    def model(x, t):
+        return x.half() * scale.half()  # float16: the loss keeps the rows for its backward pass
+
+    with torch.inference_mode():
+        process.loss(model, x0, t=t, key=1)
+    process.loss(model, x0, t=t, key=1).backward()
+    assert scale.grad.isfinite()

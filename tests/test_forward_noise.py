@@ -263,3 +263,21 @@ def test_bad_loss_input(sentence, changed):
     call |= {"coeffs": torch.zeros(5, 4), "t": torch.zeros(2, dtype=torch.int64), "key": 0}
     with pytest.raises(ValueError, match=sentence):
         ops.forward_noise_loss(**call | changed)
+
+
+def test_a_kept_graph_keeps_its_gradient():
+    """Who edits a gradient, or takes two, leaves the next backward pass as it was."""
+    x0, out, rows, t = (torch.rand(2, 1, 4, 4), torch.randn(2, 1, 4, 4), torch.rand(8, 4), None)
+    out.requires_grad_()
+    t = torch.tensor([1, 5])
+    loss = ops.forward_noise_loss(out, x0, rows, t, key=3, reduction="mean")
+    (first,) = torch.autograd.grad(loss, out, retain_graph=True)
+    truth = first.clone()
+    first.data.mul_(7)
+    (second,) = torch.autograd.grad(loss, out, retain_graph=True)
+    assert torch.equal(second, truth)
+    (last,) = torch.autograd.grad(loss, out)
+    assert torch.equal(last, truth)
+    loss = ops.forward_noise_loss(out, x0, rows, t, key=3, reduction="mean")
+    many = torch.autograd.grad(loss, out, torch.tensor([1.0, 2.0]), is_grads_batched=True)[0]
+    torch.testing.assert_close(many, torch.stack([truth, 2 * truth]))
