@@ -26,11 +26,15 @@ RANK = {
     "metrics": 0,
     "fashion_mnist": 2,
     "data": 3,
+    "decoded": 0,
     "plots": 2,
     "checkpoint": 3,
     "trainer": 4,
     "train": 5,
     "sample": 5,
+    "ablation_report": 6,
+    "ablation": 7,
+    "ablate": 8,
 }
 
 

@@ -48,6 +48,13 @@ def inputs(model, n=2):
     return x, torch.tensor([3, 900])[:n], y
 
 
+def test_images_64_parameter_count():
+    with torch.device("meta"):
+        model = engine.UNet.from_preset("images-64")
+    assert sum(p.numel() for p in model.parameters()) == 56_467_971
+    assert model.config["image_size"] == 64
+
+
 def test_cifar10_parameter_count():
     with torch.device("meta"):
         model = engine.UNet.from_preset("cifar10")
@@ -181,7 +188,7 @@ def test_autocast_keeps_bfloat16_between_convolutions():
 @pytest.mark.parametrize(
     "make, sentence",
     [
-        (lambda: engine.UNet.from_preset("mnist"), "choose one of fashion-mnist, cifar10"),
+        (lambda: engine.UNet.from_preset("mnist"), "choose one of fashion-mnist, cifar10, "),
         (lambda: engine.UNet.from_preset("cifar10", width=3), "preset 'cifar10'"),
         (lambda: engine.UNet(**{**SMALL, "image_size": 7}), "cannot be halved"),
         (
