@@ -136,7 +136,9 @@ class Study:
 
     def settings(self) -> dict:
         """What two records must share to stand in one table; JSON."""
+        precision = choose_precision(self.precision, choose_device(self.device))
         shared = dataclasses.asdict(self.protocol) | {"scorer": self.scorer_name}
+        shared["precision"] = str(precision).removeprefix("torch.")
         return json.loads(json.dumps(shared))
 
 

@@ -78,9 +78,9 @@ def markdown(records: list[dict], real: dict | None) -> str:
     columns = [(metric, clip) for metric in metrics for clip in clips]
     seeds = max(row["seeds"] for row in table)
     lines = [
-        f"Protocol `{settings['name']}`: {settings['about']}. Per cell and seed {records[0]['n']} "
-        f"samples; {settings['scorer']}. {interval_name(seeds)[0].upper()}"
-        f"{interval_name(seeds)[1:]}.",
+        f"Protocol `{settings['name']}`: {settings['about']}; {settings['precision']}. "
+        f"Per cell and seed {records[0]['n']} samples; {settings['scorer']}. "
+        f"Beside each mean: {interval_name(seeds)}.",
         "",
         f"| schedule | loss | {' | '.join(f'{TITLES[m]}, {WAY[c]}' for m, c in columns)} |",
         "| --- | --- |" + " ---: |" * len(columns),
@@ -187,7 +187,7 @@ def verdicts(records: list[dict], schedules: list[str], ways: list[bool]) -> lis
             mean = float(np.mean([m["is"] for m in rest]))
             parts.append((way, one["is"], mean))
         said = ", ".join(f"{a:.2f} against {b:.2f} {WAY[way]}" for way, a, b in parts)
-        before, after = (b - a for _, a, b in parts)
+        before, after = (a - b for _, a, b in parts)
         lines.append(
             f"* {schedule}'s IS beside the mean of the other schedules: {said}. Clipping x̂₀ alone, "
             f"with the same weights and noise, changes its distance to them from {before:+.2f} to "

@@ -238,6 +238,40 @@ def test_the_table_says_which_interval(study):
     assert "beside the mean" not in text  # no other schedule
 
 
+def test_the_explanation_compares_what_was_measured():
+    """Cosine at 2.0 (seeds 1.5, 2.5) unclipped and 4.0 clipped; the other one at 4.0 and 4.2."""
+
+    def record(schedule, seed, clip, score, factor, rms):
+        trace = {"t": [999, 998], "rms_x": [1.0, rms], "rms_forward": [1.0, 1.0]}
+        trace |= {"outside_x0": [0.9, 0.5], "first_factor": factor, "highest_x": 10 * rms}
+        return {
+            "schedule": schedule,
+            "loss": "l2",
+            "seed": seed,
+            "clip": clip,
+            "scores": {"is": {"value": score, "error": 0.1}},
+            "final": {"max": 1.0, "outside": 0.0 if clip else 0.25, "saturated": 0.4},
+            "trace": trace,
+        }
+
+    records = [
+        *(record("sigmoid", i, clip, 4.2 if clip else 4.0, 1.01, 1.0) for i, clip in WAYS),
+        *(record("cosine", i, clip, 4.0 if clip else 1.5 + i, 31.6, 1 + i) for i, clip in WAYS),
+    ]
+    sigmoid, cosine, verdict = ablation_report.explanation(records)
+    assert "1/√α = 1.01" in sigmoid and "1/√α = 31.6" in cosine
+    assert "rms 1.5 not clipped, 1.5 x̂₀ clipped; the forward process has 1" in cosine
+    assert "Largest |x| on the way: 20 not clipped" in cosine
+    assert "of the samples: 25.0% not clipped, 0.0% x̂₀ clipped" in cosine
+    assert "2.00 against 4.00 not clipped, 4.00 against 4.20 x̂₀ clipped" in verdict
+    assert "from -2.00 to -0.20" in verdict
+    only = [r for r in records if r["clip"]]
+    assert len(ablation_report.explanation(only)) == 2  # nothing to compare
+
+
+WAYS = list(itertools.product((0, 1), (True, False)))
+
+
 @pytest.mark.parametrize(
     "more, sentence",
     [
