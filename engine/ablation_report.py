@@ -52,6 +52,7 @@ def rows(records: list[dict]) -> list[dict]:
     found = []
     for (schedule, loss, clip), group in groups.items():
         row = {"schedule": schedule, "loss": loss, "clip": clip, "seeds": len(group)}
+        row |= {"n": group[0]["n"], "interval": "bootstrap" if len(group) == 1 else "student"}
         for metric in group[0]["scores"]:
             scores = [record["scores"][metric] for record in group]
             scale = SCALE.get(metric, 1.0)

@@ -89,7 +89,7 @@ def test_a_study_and_its_files(study, capsys):
         assert trace["t"][0] == 999 and trace["t"][-1] == 0
         assert {len(v) for v in trace.values() if isinstance(v, list)} == {len(trace["t"])}
         assert trace["rms_x"][0] == pytest.approx(1, abs=0.05)  # pure noise
-        assert record["clip"] is False or record["final"]["outside"] == 0
+        assert record["clip"] is (record["final"]["outside"] == 0)
     assert not [f for f in files(table.parent) if "tmp" in f]
     model, _, info = checkpoint.load(table.parent / "cells" / "cosine-l2-seed0")
     assert info["train"]["schedule"] == "cosine" and model.config["model_channels"] == 4
@@ -236,6 +236,13 @@ def test_the_table_says_which_interval(study):
     text = ablate.ablate(study(seeds=2, schedules="cosine"), scorer).read_text()
     assert "95 % interval over 2 seeds (Student's t)" in text and "±" in text
     assert "beside the mean" not in text  # no other schedule
+    first, _ = csv.DictReader(io.StringIO((study().out / "ablation.csv").read_text()))
+    assert (first["seeds"], first["n"], first["interval"]) == ("2", "5", "student")
+    records = json.loads((study().out / "ablation.json").read_text())["records"]
+    scores = [r["scores"]["is"]["value"] for r in records if r["clip"]]
+    assert float(first["is"]) == pytest.approx(sum(scores) / 2, rel=1e-5)
+    half = 12.7062 * abs(scores[0] - scores[1]) / 2  # t₁ s/√2 with s = |a − b|/√2
+    assert float(first["is_half"]) == pytest.approx(half, rel=1e-3)
 
 
 def test_the_explanation_compares_what_was_measured():

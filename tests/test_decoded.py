@@ -80,7 +80,7 @@ def test_sizes_and_folders_have_entries_of_their_own(folder, tmp_path):
     assert len(list(cache.iterdir())) == 3
 
 
-@pytest.mark.parametrize("damage", ["short", "index", "no pixels", "empty index"])
+@pytest.mark.parametrize("damage", ["short", "long", "index", "no pixels", "empty index"])
 def test_a_damaged_entry_is_made_anew(folder, tmp_path, damage):
     cache = tmp_path / "cache"
     expected = opened(folder, cache=cache).pixels.clone()
@@ -88,6 +88,8 @@ def test_a_damaged_entry_is_made_anew(folder, tmp_path, damage):
     pixels, index = entry / "pixels.u8", entry / "index.json"
     if damage == "short":
         pixels.write_bytes(pixels.read_bytes()[:-1])
+    elif damage == "long":
+        pixels.write_bytes(pixels.read_bytes() + b"x")
     elif damage == "no pixels":
         pixels.unlink()
     else:
