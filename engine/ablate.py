@@ -31,8 +31,8 @@ class AblateConfig:
     out: Path = Path("runs/ablation")
     """Folder of the study."""
     protocol: Literal["auto", "slides", "small"] = "auto"
-    """How each cell is trained and sampled: slides as published, 15 epochs; small in 3 minutes on
-    two CPU cores; auto is slides on a GPU, else small."""
+    """How each cell is trained and sampled: slides as published, 15 epochs; small in 4 minutes on
+    one CPU core; auto is slides on a GPU, else small."""
     schedules: str = "linear_unscaled,cosine,quadratic,sigmoid"
     """Noise schedules, with commas between: linear, linear_unscaled, cosine, quadratic, sigmoid."""
     losses: str = "l1,l2,huber"

@@ -65,7 +65,7 @@ PROTOCOLS = {
     ),
     "small": Protocol(
         "small",
-        "for two CPU cores: 1000 steps of 32 pictures in [-1, 1]; 69 of the 1000 diffusion steps "
+        "for a CPU: 1000 steps of 32 pictures in [-1, 1]; 69 of the 1000 diffusion steps "
         "sampled, all of the last 20 among them",
         dict(
             image_size=28,
