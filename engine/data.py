@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cli, fashion_mnist
+from . import cli, decoded, fashion_mnist
 
 NAMES = ("fashion-mnist",)
 CHOICES = "fashion-mnist, a folder of pictures, or a Hugging Face name such as uoft-cs/cifar10"
@@ -46,6 +47,7 @@ class Images:
     read: Callable[[int], np.ndarray] | None = None
     labels: Tensor | None = None  # (n,) int64
     classes: Sequence[str] = ()
+    unit: bool = False  # batches in [0, 1] in place of [−1, 1]
     skipped: list[str] = field(default_factory=list)  # names of unreadable pictures
 
     def __len__(self) -> int:
@@ -61,12 +63,15 @@ def open_dataset(
     labels: bool = False,
     split: str = "train",
     memory_limit: int = MEMORY_LIMIT,
+    cache: Path | None = None,
 ) -> Images:
     """Opens a data set by name: `fashion-mnist`, a folder of pictures, or a Hugging Face name.
 
     Pictures come as `channels` (1 grey, 3 RGB) × `size` × `size`. With `labels`, a folder's
-    sub-folders are its classes. Raises ValueError, FileNotFoundError or ModuleNotFoundError, one
-    sentence, when there is nothing to train on.
+    sub-folders are its classes. With `cache`, a place for files, a folder's pictures are decoded
+    once and mapped into memory from there (engine.decoded), whatever their number. Raises
+    ValueError, FileNotFoundError or ModuleNotFoundError, one sentence, when there is nothing to
+    train on.
     """
     if channels not in (1, 3):
         raise ValueError(f"the channels of pictures must be 1 (grey) or 3 (RGB), not {channels}")
@@ -90,7 +95,7 @@ def open_dataset(
             f"--data-dir goes with --dataset fashion-mnist only, not with {name!r}: leave it out"
         )
     if folder.is_dir():
-        return _folder(folder, size, channels, labels, memory_limit)
+        return _folder(folder, size, channels, labels, memory_limit, cache)
     return _hugging_face(name, split, size, channels, labels, memory_limit)
 
 
@@ -148,6 +153,8 @@ def batch(
     if flip:
         mirrored = torch.rand(size, generator=generator(seed, 1, step)) < 0.5
         x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
+    if images.unit:
+        x = x.add_(1.0).div_(2.0)
     return x, None if images.labels is None else images.labels[indices]
 
 
@@ -240,7 +247,9 @@ def _fashion_mnist(data_dir, split: str, size: int, channels: int) -> Images:
 # --- folders and Hugging Face -------------------------------------------------------------------
 
 
-def _folder(folder: Path, size: int, channels: int, labels: bool, memory_limit: int) -> Images:
+def _folder(
+    folder: Path, size: int, channels: int, labels: bool, memory_limit: int, cache: Path | None
+) -> Images:
     everything = [file for file in folder.rglob("*") if file.is_file()]
     files = sorted(file for file in everything if file.suffix.lower() in SUFFIXES)
     if not files:
@@ -270,6 +279,12 @@ def _folder(folder: Path, size: int, channels: int, labels: bool, memory_limit: 
     images = Images(
         str(folder), len(files), channels, size, read=read, labels=numbers, classes=classes
     )
+    if cache is not None:
+        entry = decoded.Entry(cache, folder, files, size, channels)
+        found = decoded.cached(entry, _decoded(images)) if entry.bytes >= decoded.SMALLEST else None
+        if found is not None:
+            pixels, index = found
+            return _kept(images, torch.from_numpy(pixels), index["readable"], index["skipped"])
     return _into_memory(images, memory_limit)
 
 
@@ -335,12 +350,15 @@ def _hugging_face(
 
 
 def to_array(picture, size: int, channels: int) -> np.ndarray:
-    """A Pillow picture → (channels, size, size) uint8: upright by EXIF, centre-cropped, resized."""
+    """A Pillow picture → (channels, size, size) uint8: upright, on white, square, resized."""
     from PIL import Image, ImageOps
 
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16"):  # convert("L") would clip 16-bit grey at 255
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    elif picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")  # what lies under transparency may be any colour
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     picture = picture.convert("L" if channels == 1 else "RGB")
     picture = ImageOps.fit(picture, (size, size), method=Image.Resampling.BICUBIC)
     return np.asarray(picture).reshape(size, size, channels).transpose(2, 0, 1)
@@ -350,6 +368,15 @@ def _into_memory(images: Images, memory_limit: int) -> Images:
     """Decodes everything once where it fits the limit, leaving unreadable pictures out."""
     if len(images) * images.channels * images.size**2 > memory_limit:
         return images
+    results = list(_decoded(images))
+    readable = [i for i, result in enumerate(results) if not isinstance(result, str)]
+    pixels = np.stack([results[i] for i in readable]) if readable else np.empty(0, np.uint8)
+    skipped = [result for result in results if isinstance(result, str)]
+    return _kept(images, torch.from_numpy(pixels), readable, skipped)
+
+
+def _decoded(images: Images) -> Iterator[np.ndarray | str]:
+    """Every picture in turn, decoded in threads; of an unreadable one, why."""
     from tqdm import tqdm
 
     def one(index: int) -> np.ndarray | str:
@@ -359,22 +386,29 @@ def _into_memory(images: Images, memory_limit: int) -> Images:
             return str(error)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(one, range(len(images)))
-        progress = tqdm(results, images.name, len(images), unit=" pictures", leave=False, delay=1)
-        decoded = list(progress)
-    readable = [i for i, result in enumerate(decoded) if not isinstance(result, str)]
-    images.skipped = [result for result in decoded if isinstance(result, str)]
-    for sentence in images.skipped[:10]:
+        # In pieces, so that a slow reader of this stream does not make all pictures wait in memory.
+        parts = (
+            pool.map(one, range(start, min(start + 512, len(images))))
+            for start in range(0, len(images), 512)
+        )
+        results = itertools.chain.from_iterable(parts)
+        yield from tqdm(results, images.name, len(images), unit=" pictures", leave=False, delay=1)
+
+
+def _kept(images: Images, pixels: Tensor, readable: list[int], skipped: list[str]) -> Images:
+    """The data set of its readable pictures; says which ones were not."""
+    images.skipped = skipped
+    for sentence in skipped[:10]:
         print(f"skipped: {sentence}", file=sys.stderr)
-    if images.skipped:
+    if skipped:
         print(
-            f"{len(images.skipped)} of {len(decoded)} pictures in {images.name} could not be read "
+            f"{len(skipped)} of {len(images)} pictures in {images.name} could not be read "
             "and were skipped",
             file=sys.stderr,
         )
     if not readable:
         raise ValueError(_unreadable(images))
-    images.pixels = torch.from_numpy(np.stack([decoded[i] for i in readable]))
+    images.pixels = pixels
     images.count, images.read = len(readable), None
     if images.labels is not None:
         images.labels = images.labels[readable]

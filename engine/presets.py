@@ -48,6 +48,20 @@ PRESETS = {
     # Ho et al. 2020, app. B: 35,746,307 parameters, and 113,673,219 (LSUN, CelebA-HQ).
     "cifar10": dict(**_DDPM, image_size=32, channel_mult=(1, 2, 2, 2), dropout=0.1),
     "ddpm-256": dict(**_DDPM, image_size=256, channel_mult=(1, 1, 2, 2, 4, 4)),
+    # 64×64 RGB folders such as Stanford Cars: ADM's parts at half of its width and two thirds of
+    # its depth, 56,467,971 parameters.
+    "images-64": dict(
+        image_size=64,
+        in_channels=3,
+        model_channels=96,
+        channel_mult=(1, 2, 3, 4),
+        num_res_blocks=2,
+        attention_resolutions=(16, 8),
+        head_channels=32,
+        dropout=0.1,
+        conditioning="scale_shift",
+        resample="biggan",
+    ),
     # Nichol & Dhariwal 2021: 52,546,438; 121,063,942; 273,049,350 parameters.
     "iddpm-cifar10": dict(**_IDDPM, image_size=32, channel_mult=(1, 2, 2, 2), dropout=0.3),
     "iddpm-imagenet64": dict(**_IDDPM, image_size=64, channel_mult=(1, 2, 3, 4)),

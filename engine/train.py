@@ -38,7 +38,8 @@ class TrainConfig:
     ] = None
     """Folder with Fashion-MNIST's four IDX files."""
     preset: Annotated[str | None, cli.left_out("fashion-mnist", "NAME")] = None
-    """U-Net with its recipe: fashion-mnist (1 M weights, for a CPU too) or cifar10 (36 M)."""
+    """U-Net with its recipe: fashion-mnist (1 M weights, for a CPU too), cifar10 (36 M), or with
+    cifar10's recipe images-64 (56 M), for folders of larger pictures."""
     width: Annotated[int | None, cli.left_out("the preset's")] = None
     """Base channels of the U-Net."""
     image_size: Annotated[
@@ -55,6 +56,9 @@ class TrainConfig:
     """Share of labels left out, with --classes: classifier-free guidance needs it; 0.1 is usual."""
     flip: bool = False
     """Mirror half of the pictures, left to right."""
+    cache: bool = True
+    """Keep a large folder's pictures decoded, in $XDG_CACHE_HOME/diffusion-engine or under
+    ~/.cache, for this run and later ones; what changes in the folder is decoded anew."""
 
     schedule: Literal["linear", "linear_unscaled", "cosine", "quadratic", "sigmoid"] = "cosine"
     """Noise schedule β_t."""
@@ -136,7 +140,7 @@ RUN_FILES = ("metrics.jsonl", "tensorboard", "samples", "samples.png", "strip.pn
 # What --resume may change: how the run is carried out, not what it computes.
 RESUMABLE = {
     *("out", "resume", "data_dir", "steps", "device", "precision", "log_every", "save_every"),
-    *("sample_every", "samples", "sample_steps", "tensorboard"),
+    *("cache", "sample_every", "samples", "sample_steps", "tensorboard"),
 }
 
 
@@ -185,7 +189,7 @@ def train(config: TrainConfig) -> Path:
     config = complete(config)
     validate(config)
     # Late, so that --help and a wrong option are answered without waiting for torch.
-    from . import checkpoint, data
+    from . import checkpoint, data, decoded
     from .device import choose_device, choose_precision
     from .dispatch import cases_on
     from .trainer import Trainer, describe
@@ -214,6 +218,7 @@ def train(config: TrainConfig) -> Path:
         channels=channels,
         data_dir=config.data_dir,
         labels=config.classes,
+        cache=decoded.place() if config.cache else None,
     )
     if is_folder(config.dataset):  # by its whole path, so that --resume works from any folder
         whole = str(Path(config.dataset).expanduser().resolve())

@@ -218,6 +218,20 @@ def test_pictures_are_upright_cropped_and_scaled(tmp_path):
     assert deep.unique().tolist() == [200]
 
 
+def test_transparent_pictures_lie_on_white(tmp_path):
+    clear = np.zeros((8, 8, 4), np.uint8)
+    clear[:, 4:] = (200, 0, 0, 255)
+    Image.fromarray(clear).save(tmp_path / "a_rgba.png")
+    half = np.stack([np.zeros((8, 8), np.uint8), np.full((8, 8), 51, np.uint8)], -1)
+    Image.fromarray(half).save(tmp_path / "b_la.png")
+    palette = Image.new("P", (8, 8), 3)
+    palette.putpalette([0, 0, 255] * 8)
+    palette.save(tmp_path / "c_palette.png", transparency=3)
+    pixels = data.open_dataset(str(tmp_path), size=8, channels=3).pixels
+    assert pixels[0, :, 0, 0].tolist() == [255] * 3 and pixels[0, :, 0, 7].tolist() == [200, 0, 0]
+    assert pixels[1, :, 0, 0].tolist() == [204] * 3 and pixels[2, :, 0, 0].tolist() == [255] * 3
+
+
 def test_class_folders_give_labels(tmp_path):
     for name in ("shoe", "bag"):
         for i in range(2):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # Inside engine, a module may import only from the layers before its own.
 LAYERS = (
-    "device dispatch presets schedules layouts diffusers_config importance metrics",
+    "device dispatch presets schedules layouts diffusers_config importance metrics decoded",
     "ops cli inception",
     "likelihood blocks fashion_mnist pictures",
     "diffusion unet data evaluation",
@@ -23,7 +23,8 @@ LAYERS = (
     "cache plots",
     "trainer domain_classifier",
     "train sample scores",
-    "evaluate train_classifier",
+    "evaluate train_classifier ablation_report",
+    "ablation",
     "ablate",
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer.split()}

@@ -92,7 +92,14 @@ def test_parameter_count_of_the_published_models(name):
 
 
 def test_presets_are_all_published_or_ours():
-    assert set(engine.unet.PRESETS) == {*PUBLISHED, "fashion-mnist"}
+    assert set(engine.unet.PRESETS) == {*PUBLISHED, "fashion-mnist", "images-64"}
+
+
+def test_images_64_parameter_count():
+    with torch.device("meta"):
+        model = engine.UNet.from_preset("images-64")
+    assert sum(p.numel() for p in model.parameters()) == 56_467_971
+    assert model.config["image_size"] == 64
 
 
 def test_a_published_model_runs_when_its_width_is_divided():
@@ -274,7 +281,7 @@ def test_autocast_keeps_bfloat16_between_convolutions():
 @pytest.mark.parametrize(
     "make, sentence",
     [
-        (lambda: engine.UNet.from_preset("mnist"), "choose one of fashion-mnist, cifar10"),
+        (lambda: engine.UNet.from_preset("mnist"), "choose one of fashion-mnist, cifar10, "),
         (lambda: engine.UNet.from_preset("cifar10", width=3), "preset 'cifar10'"),
         (lambda: engine.UNet(**{**SMALL, "image_size": 7}), "cannot be halved"),
         (
