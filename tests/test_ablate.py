@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import json
+import re
 import struct
 
 import numpy as np
@@ -156,7 +157,7 @@ def test_dry_run_writes_nothing_and_knows_what_is_left(study, capsys):
     assert ablate.ablate(config, scorer) is None
     said = capsys.readouterr().out
     assert said.count("step 0 of 2, 2 of 2 to sample") == 8 and "8 cells" in said
-    assert "about 0 minutes left: 16 steps of" in said and not config.out.exists()
+    assert re.search(r"about \d+ minutes left: 16 steps of", said) and not config.out.exists()
     ablate.ablate(study(losses="l1"), scorer)
     capsys.readouterr()
     ablate.ablate(config, scorer)
