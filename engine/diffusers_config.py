@@ -61,6 +61,11 @@ BLOCKS = {
 }
 
 
+# The last class means no class, and this share of labels was left out. diffusers passes over keys
+# that begin with an underscore.
+NULL_LABEL = "_label_dropout"
+
+
 class Inexpressible(ValueError):
     """One sentence: the option that one of the two U-Nets does not have."""
 
@@ -99,6 +104,7 @@ def from_diffusers(config: Mapping) -> dict:
             f"norm_num_groups {c['norm_num_groups']} everywhere"
         )
     attends, resample = _blocks(c)
+    dropout = config.get(NULL_LABEL) or 0.0  # of a folder that this engine wrote
     size = c["sample_size"]
     size = size[0] if isinstance(size, (list, tuple)) else size
     size = 8 << (len(widths) - 1) if size is None else size  # it names the levels, no more
@@ -116,7 +122,8 @@ def from_diffusers(config: Mapping) -> dict:
         dropout=c["dropout"],
         conditioning="scale_shift" if adaptive else "add",
         resample={"conv": "conv", "resnet": "biggan"}[resample],
-        num_classes=c["num_class_embeds"],
+        num_classes=c["num_class_embeds"] - 1 if dropout else c["num_class_embeds"],
+        label_dropout=dropout,
         embedding="cos_sin" if sinusoids[0] else "sin_cos",
         asymmetric_padding=c["downsample_padding"] == 0,
     )
@@ -197,4 +204,5 @@ def to_diffusers(c: Mapping) -> dict:
         norm_eps=c["norm_eps"],
         resnet_time_scale_shift=c["conditioning"] if adaptive else "default",
         num_class_embeds=c["num_classes"] + bool(c["label_dropout"]) if c["num_classes"] else None,
+        **({NULL_LABEL: c["label_dropout"]} if c["label_dropout"] else {}),
     )

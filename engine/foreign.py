@@ -174,8 +174,8 @@ def save_diffusers(model: UNet, folder: str | os.PathLike) -> None:
     """Writes the folder of a UNet2DModel: config.json and safetensors; files there are replaced.
 
     diffusers' UNet2DModel.from_pretrained(folder) computes the same, a null label being one more
-    class. Raises CheckpointError (a ValueError), one sentence that names what UNet2DModel cannot
-    express.
+    class there; load_diffusers knows it again. Raises CheckpointError (a ValueError), one sentence
+    that names what UNet2DModel cannot express.
     """
     from safetensors.torch import save_file
 

@@ -1,5 +1,6 @@
 """Guidance: what a sampler asks of the network and of a classifier so that x̂_0 follows a label."""
 
+import math
 from collections.abc import Callable
 from numbers import Real
 
@@ -25,8 +26,8 @@ def find_null_label(
     """
     if guidance is None:
         return None
-    if isinstance(guidance, bool) or not isinstance(guidance, Real):
-        raise ValueError(f"guidance is {guidance!r}, expected a number, or None for none")
+    if isinstance(guidance, bool) or not isinstance(guidance, Real) or not math.isfinite(guidance):
+        raise ValueError(f"guidance is {guidance!r}, expected a finite number, or None for none")
     if y is None:
         raise ValueError(f"guidance is {guidance} without y: give (N,) class labels to guide to")
     if not takes_labels(model):
@@ -84,6 +85,11 @@ def class_gradient(
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
                 f"the classifier returned {found}, expected logits ({len(x)}, classes)"
+            )
+        if y.device.type == "cpu" and len(y) and not 0 <= y.min() <= y.max() < logits.shape[1]:
+            raise ValueError(
+                f"y reaches from {y.min()} to {y.max()}, and the classifier knows "
+                f"{logits.shape[1]} classes: give 0 … {logits.shape[1] - 1}"
             )
         if not logits.requires_grad:
             raise ValueError("the classifier's logits have no gradient: take its no_grad off")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 import types
 from collections.abc import Sequence
@@ -157,6 +158,10 @@ def check(config: SampleConfig) -> None:
         raise ValueError(f"--eta must lie in 0 … 1, not {config.eta}")
     if config.eta and config.sampler != "ddim":
         raise ValueError(f"--eta {config.eta} goes with --sampler ddim only: leave it out")
+    for name in ("guidance", "classifier_scale"):
+        value = getattr(config, name)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{cli.option(name)} must be a finite number, not {value}")
     if config.classifier is None and config.classifier_scale is not None:
         raise ValueError("--classifier-scale goes with --classifier only: leave it out")
     if not -(2**63) <= config.seed < 2**63:
@@ -166,6 +171,8 @@ def check(config: SampleConfig) -> None:
             continue
         if path.suffix.lower() != ".png" or path.is_dir():
             raise ValueError(f"--{name} {path}: give the name of a .png file")
+    if config.strip is not None and config.strip.resolve() == config.out.resolve():
+        raise ValueError(f"--strip {config.strip} is --out too: give the strip a name of its own")
 
 
 def check_classifier(config: SampleConfig, model: dict, classifier: dict) -> int:

@@ -78,7 +78,7 @@ def sample(
              ddpm adds s σ_t² ∇ to the mean (alg. 1), the others take s √(1−ᾱ) ∇ off ε (alg. 2)
     noise    in place of seed: (steps + 1, N, C, H, W), or a function k → (N, C, H, W). 0 is x_T, k
              the z of step k; the last is not used
-    trajectory  also return this many states (2 or more; at most steps + 1), from x_T to x_0
+    trajectory  also return this many states, 2 or more, from x_T to x_0; steps + 1 are there
     offset   global index of the first sample: batches of a run give the images of one large batch
     dynamic_threshold  in place of clip: quantile of |x̂_0|, 0 … 1 (Saharia et al. 2022, §2.3)
     model_dtype  the state is float32; the step also writes it in this dtype for the network, which
@@ -298,8 +298,9 @@ def _check(shape, trajectory, y, classifier, classifier_scale) -> None:
     if y is None or y.shape != (shape[0],) or y.dtype != torch.int64:
         found = "nothing" if y is None else f"{tuple(y.shape)} {y.dtype}"
         raise ValueError(f"a classifier guides to y: y is {found}, expected ({shape[0]},) int64")
-    if isinstance(classifier_scale, bool) or not isinstance(classifier_scale, Real):
-        raise ValueError(f"classifier_scale is {classifier_scale!r}, expected a number")
+    number = isinstance(classifier_scale, Real) and not isinstance(classifier_scale, bool)
+    if not number or not math.isfinite(classifier_scale):
+        raise ValueError(f"classifier_scale is {classifier_scale!r}, expected a finite number")
 
 
 def _injected(noise, shape: tuple, n_steps: int, device: torch.device) -> Callable | None:

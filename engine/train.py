@@ -74,23 +74,25 @@ class TrainConfig:
     t_sampler: Literal["uniform", "loss-aware"] = "uniform"
     """How t is drawn; loss-aware, for vlb: after a warm-up, the more often the larger its loss."""
 
-    steps: Annotated[int | None, cli.left_out("2000, with --preset cifar10 100000")] = None
+    steps: Annotated[
+        int | None, cli.left_out("2000, with another --preset than fashion-mnist 100000")
+    ] = None
     """Optimiser steps in all, those before a --resume included."""
-    batch: Annotated[int | None, cli.left_out("32, with --preset cifar10 128")] = None
+    batch: Annotated[int | None, cli.left_out("32, with another --preset 128")] = None
     """Pictures per optimiser step."""
     accumulate: int = 1
     """Pieces in which a batch is computed, to save memory; must divide --batch."""
-    lr: Annotated[float | None, cli.left_out("0.002, with --preset cifar10 0.0002")] = None
+    lr: Annotated[float | None, cli.left_out("0.002, with another --preset 0.0002")] = None
     """Learning rate of AdamW after the warm-up."""
-    warmup: Annotated[int | None, cli.left_out("100, with --preset cifar10 5000")] = None
+    warmup: Annotated[int | None, cli.left_out("100, with another --preset 5000")] = None
     """Steps over which the learning rate rises from 0."""
-    decay: Annotated[float | None, cli.left_out("0.6, with --preset cifar10 0")] = None
+    decay: Annotated[float | None, cli.left_out("0.6, with another --preset 0")] = None
     """Last fraction of --steps, over which the learning rate falls to 0."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, per step and unit of learning rate."""
     clip: float = 1.0
     """Largest norm of the gradient; longer ones are scaled down to it."""
-    ema: Annotated[float | None, cli.left_out("0.995, with --preset cifar10 0.9999")] = None
+    ema: Annotated[float | None, cli.left_out("0.995, with another --preset 0.9999")] = None
     """Decay per step of the averaged weights (EMA) that draw the samples."""
     seed: int = 0
     """Seed of the initial weights, the order of the pictures, t and the noise."""

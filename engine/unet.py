@@ -234,6 +234,12 @@ class UNet(Encoder):
             raise ValueError(
                 f"y is {tuple(y.shape)} {y.dtype}, expected ({t.shape[0]},) int64: one per image"
             )
+        # Elsewhere a look at the values would wait for the device.
+        if y is not None and y.is_cpu and len(y) and not torch.compiler.is_compiling():
+            low, high, rows = y.min().item(), y.max().item(), self.label_embed.num_embeddings
+            if low < 0 or high >= rows:
+                null = "" if self.null_label is None else f", {self.null_label} meaning no class"
+                raise ValueError(f"y reaches from {low} to {high}, expected 0 … {rows - 1}{null}")
 
 
 def check_options(c: dict) -> list[int]:

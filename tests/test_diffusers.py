@@ -280,3 +280,12 @@ def test_published_ddpm_config_is_the_preset():
     with torch.device("meta"):
         found, preset = engine.UNet(**options).config, engine.UNet.from_preset("cifar10").config
     assert {k for k in found if found[k] != preset[k]} == {"dropout", "out_channels"}
+
+
+def test_a_null_label_comes_back(tmp_path):
+    options = dict(image_size=8, in_channels=1, model_channels=8, num_groups=2, channel_mult=(1, 2))
+    model = engine.UNet(**options, num_classes=3, label_dropout=0.1).eval()
+    save_diffusers(model, tmp_path)
+    again = load_diffusers(tmp_path)
+    assert again.null_label == 3 and again.config["label_dropout"] == 0.1
+    assert diffusers.UNet2DModel.from_pretrained(tmp_path).config.num_class_embeds == 4

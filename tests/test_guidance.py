@@ -1,5 +1,7 @@
 """Guidance by label (classifier-free) and by a classifier: closed forms and plain loops."""
 
+import math
+
 import pytest
 import torch
 
@@ -293,13 +295,14 @@ def test_gradient_of_a_class():
     "options, sentence",
     [
         (dict(guidance=2.0), "guidance is 2.0 without y"),
-        (dict(guidance="much", y=y()), "guidance is 'much', expected a number"),
-        (dict(guidance=True, y=y()), "guidance is True, expected a number"),
+        (dict(guidance="much", y=y()), "guidance is 'much', expected a finite number"),
+        (dict(guidance=True, y=y()), "guidance is True, expected a finite number"),
+        (dict(guidance=math.nan, y=y()), "guidance is nan, expected a finite number"),
         (dict(classifier=Classifier()), "a classifier guides to y: y is nothing"),
         (dict(classifier=Classifier(), y=y().float()), r"y is \(3,\) torch.float32, expected"),
         (
             dict(classifier=Classifier(), y=y(), classifier_scale="1"),
-            "classifier_scale is '1', expected a number",
+            "classifier_scale is '1', expected a finite number",
         ),
         (
             dict(classifier=lambda x, t: x, y=y()),

@@ -174,7 +174,11 @@ def test_commands_draw(work, capsys, drawn):
     del drawn[:]
     assert run_plots(capsys, "vlb", "run") == "vlb.png"
     (label, x, y), (_, _, mse) = drawn
-    assert label == "run: 3.500 bits/dim" and list(x) == [1, 2, 3] and list(y) == [2, 1, 0.5]
+    assert (
+        label == "run: 3.500 bits/dim and the prior's"
+        and list(x) == [1, 2, 3]
+        and list(y) == [2, 1, 0.5]
+    )
     assert list(mse) == [1e-12, 0.1, 0.2]
 
 

@@ -304,6 +304,8 @@ BAD = {
     "no tensor": (dict(grad=1.0), "grad is float, expected a tensor"),
     "x0_prev": (dict(x0_prev=X[:1]), r"x0_prev is \(1, 3, 4, 4\)"),
     "guidance": (dict(uncond=X, guidance="2"), "guidance is '2', expected a number"),
+    "guidance alone": (dict(guidance=3.0), "guidance is 3.0 without uncond"),
+    "guidance nan": (dict(uncond=X, guidance=math.nan), "guidance is nan, expected a finite"),
     "alone": (dict(guidance=2.0, return_x0=True), "without uncond"),
     "quantile": (dict(dynamic_threshold=99.5), "dynamic_threshold is 99.5, expected a quantile"),
     "clip": (dict(dynamic_threshold=0.9, clip=2.0), "leave clip out"),

@@ -96,6 +96,7 @@ def test_what_does_not_fit_is_one_sentence(run, capsys):
     run.classifier = Classifier()
     run.classifier.diffusion = engine.Diffusion(schedules.betas("cosine", 30))
     assert "c was trained on another noise schedule" in refused("--classifier", "c")
+    assert "--guidance must be a finite number, not nan" in refused("--guidance", "nan")
     run.model.null_label = None
     assert "has no null_label: use one that was trained" in refused("--guidance", "2")
     run.model = run.unet(None)

@@ -137,6 +137,15 @@ def test_label_dropout_trains_a_null_label():
     assert torch.equal(model(x, t, y), model(x, t, null))
 
 
+def test_labels_that_are_none():
+    model = engine.UNet(**SMALL, num_classes=5, label_dropout=0.25)
+    x, t, y = inputs(model)
+    with pytest.raises(ValueError, match="y reaches from 6 to 6, expected 0 … 5, 5 meaning no cl"):
+        model(x, t, torch.full_like(y, 6))
+    with pytest.raises(ValueError, match="y reaches from -1 to -1, expected 0 … 5"):
+        model(x, t, torch.full_like(y, -1))
+
+
 def test_without_label_dropout_there_is_no_null_label():
     assert engine.UNet(**SMALL).null_label is None
     model = engine.UNet(**SMALL, num_classes=5)

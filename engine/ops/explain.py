@@ -28,6 +28,11 @@ def explain(op: str, *args, **kwargs) -> None:
 
     Raises ValueError for an unknown op and for arguments that ops.<op> would refuse too.
     """
+    if op == "forward_noise_loss":
+        raise ValueError(
+            "explain: forward_noise_loss is served as forward_noise is: explain that, with the same "
+            "x0, coeffs, t and key"
+        )
     if op not in ARGUMENTS:
         raise ValueError(f"explain: unknown op {op!r}, expected one of {', '.join(ARGUMENTS)}")
     kwargs.pop("impl", None)

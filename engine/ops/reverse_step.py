@@ -65,6 +65,7 @@ def reverse_step(
         or return_x0
         or dynamic_threshold is not None
         or model_dtype is not None
+        or guidance != 1
     ):
         operands = (uncond, grad, x0_prev)
         _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset, learned_range)
@@ -198,6 +199,8 @@ def _check_variants(
             _check_like(name, t, x, name == "uncond" and model_out.shape[1] != x.shape[1])
     if isinstance(guidance, bool) or not isinstance(guidance, (int, float, torch.SymFloat)):
         raise ValueError(f"reverse_step: guidance is {guidance!r}, expected a number")
+    if not -math.inf < guidance < math.inf:
+        raise ValueError(f"reverse_step: guidance is {guidance!r}, expected a finite number")
     if guidance != 1 and uncond is None:
         raise ValueError(
             f"reverse_step: guidance is {guidance!r} without uncond: give the output without the "
