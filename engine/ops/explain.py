@@ -30,8 +30,8 @@ def explain(op: str, *args, **kwargs) -> None:
     """
     if op == "forward_noise_loss":
         raise ValueError(
-            "explain: forward_noise_loss is served as forward_noise is: explain that, with the same "
-            "x0, coeffs, t and key"
+            "explain: forward_noise_loss is served as forward_noise is: explain that, with the "
+            "same x0, coeffs, t and key"
         )
     if op not in ARGUMENTS:
         raise ValueError(f"explain: unknown op {op!r}, expected one of {', '.join(ARGUMENTS)}")
