@@ -7,8 +7,11 @@ file can do no harm.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -52,27 +55,46 @@ def find(path: str | os.PathLike) -> Path:
 
 
 def save(path: str | os.PathLike, tensors: dict[str, Tensor], info: dict) -> None:
-    """Writes the file atomically: after a crash, the old or the new one is there, whole."""
+    """Writes the file atomically: after a crash, the old or the new one is there, whole.
+
+    What a killed process was writing lies in FILE.tmp, a folder; the next save removes it.
+    """
     from safetensors.torch import save_file
 
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")  # same folder: os.replace must not cross disks
     metadata = {KEY: json.dumps({"format": FORMAT, **info})}
-    try:
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata
-        )
-        with open(temporary, "rb+") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # safetensors makes it private to the user
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Same disk: os.replace must not cross disks. A folder: safetensors writes under a name that it
+    # makes up, and renames.
+    place = path.with_name(path.name + ".tmp")
     folder = os.open(path.parent, os.O_RDONLY)
     try:
+        with contextlib.suppress(OSError):  # some network disks have no locks
+            fcntl.flock(folder, fcntl.LOCK_EX)  # until it is closed: `place` may be another's
+        _remove(place)
+        place.mkdir(exist_ok=True)
+        temporary = place / path.name
+        try:
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata
+            )
+            with open(temporary, "rb+") as file:
+                os.fchmod(file.fileno(), 0o666 & ~_umask())  # safetensors makes it the user's own
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            _remove(place)
         os.fsync(folder)  # the rename itself
     finally:
         os.close(folder)
+
+
+def _remove(place: Path) -> None:
+    """Removes a folder with all that is in it, or a file; a folder only as far as that is allowed,
+    for it does not stand in the way."""
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)
 
 
 def _umask() -> int:

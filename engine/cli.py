@@ -99,7 +99,7 @@ PHRASES = (
     ),
     (r"Missing value for argument '(\S+)'.*", r"\1 needs a value"),
     (r"Missing from .*?: +(\S+) (.*?)\.? \(required\)", r"\1 is missing: \2"),
-    (r"Unrecognized options: ([^-\s]\S*)", r"'\1' belongs to no option"),
+    (r"Unrecognized options: ([^-\s]\S*|-+)", r"'\1' belongs to no option"),
 )
 
 
@@ -107,7 +107,13 @@ def plain(text: str) -> str:
     """tyro's sentence in words that need no knowledge of Python."""
     for pattern, ours in PHRASES:
         if match := re.fullmatch(pattern, text):
-            return match.expand(ours)
+            # None is the default of an option that is left out, nothing to type.
+            return re.sub(r", 'None'|(?<=one of )'None', ", "", match.expand(ours))
+    if match := re.fullmatch(r"Unrecognized options: (.*)", text):
+        words = [word.split("=")[0] for word in match[1].split(", ")]
+        named = [word for word in words if word.startswith("-") and any(map(str.isalpha, word))]
+        if named:  # the others are values of these, or may be
+            return " and ".join(named) + (" are no options" if named[1:] else " is no option")
     return text
 
 
@@ -118,7 +124,8 @@ def meant(config_class: type, args: Sequence[str]) -> str:
     found = []
     for arg in args:
         word = "--" + arg.split("=")[0].lstrip("-").replace("_", "-")
-        if arg.startswith("-") and word not in names:
+        named = arg.startswith("-") and any(map(str.isalpha, arg))  # not "-", "-1"
+        if named and word not in names:
             found += difflib.get_close_matches(word, names, 1, 0.7)
     return f"; did you mean {' and '.join(found)}?" if found else ""
 

@@ -55,9 +55,11 @@ class EvaluateConfig:
     nll_n: Annotated[int | None, cli.left_out("100, at most --n")] = None
     """Test pictures for bits/dim; each takes T network calls."""
 
-    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddim"
-    """Sampler."""
-    steps: Annotated[int | None, cli.left_out("50 for ddim, 20 for dpm++, all T for ddpm")] = None
+    sampler: Literal["ddpm", "ddim", "dpm++", "heun"] = "ddim"
+    """Sampler; heun calls the network twice a step."""
+    steps: Annotated[
+        int | None, cli.left_out("50 for ddim, 20 for dpm++, 18 for heun, all T for ddpm")
+    ] = None
     """Steps of the reverse process."""
     eta: float = 0.0
     """Noise of ddim, from 0, none, to 1, as much as ddpm's."""
@@ -138,8 +140,6 @@ def evaluate(config: EvaluateConfig, metrics: list[str]) -> dict:
     evaluation.read(file.parent)  # a file that is none is said before all the work
     steps = sampling_steps(config, diffusion.T)
     folder = cache.folder(config.cache)
-    if metrics != ["nll"]:
-        cli.make_writable(folder, "--cache")
     train, test = real_pictures(config, info, model)
     check_pictures(config, metrics, info, model, train, test)
     record = {
@@ -187,7 +187,7 @@ def evaluate(config: EvaluateConfig, metrics: list[str]) -> dict:
 
 
 def sampling_steps(config: EvaluateConfig, T: int) -> int:
-    usual = {"ddim": 50, "dpm++": 20}.get(config.sampler, T)
+    usual = {"ddim": 50, "dpm++": 20, "heun": 18}.get(config.sampler, T)
     steps = config.steps or min(usual, T)
     if steps > T:
         raise ValueError(f"--steps {steps} is more than the {T} that the model was trained with")
@@ -261,6 +261,7 @@ def makes(n: int, splits: int) -> bool:
 
 
 def choose_extractor(config: EvaluateConfig, metrics, train, test, folder: Path, device):
+    """Makes the cache's folder too, but not where weights or labels are missing."""
     from . import inception, scores
 
     kind, weights = config.features, config.inception_weights
@@ -276,8 +277,12 @@ def choose_extractor(config: EvaluateConfig, metrics, train, test, folder: Path,
     if "agreement" in metrics and kind != "domain":
         raise ValueError("--metrics agreement needs --features domain")
     if kind == "domain":
+        if train.labels is not None and len(train.classes) > 1:  # else it will be refused
+            cli.make_writable(folder, "--cache")
         return scores.domain_extractor(train, test, folder, device)
-    return scores.inception_extractor(inception.find(weights), device)
+    extractor = scores.inception_extractor(inception.find(weights), device)
+    cli.make_writable(folder, "--cache")
+    return extractor
 
 
 def draw(config: EvaluateConfig, model, diffusion, steps: int, device):

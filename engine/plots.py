@@ -6,8 +6,9 @@ schedules | forward | reverse | gif | vlb: each draws one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -48,8 +49,9 @@ class Schedules:
     timesteps: int = 1000
     """Diffusion steps T."""
 
-    def draw(self) -> None:
-        schedule_curves(self.out, at_least(1, self, "timesteps"))
+    def prepare(self) -> Callable[[], object]:
+        check_schedules(at_least(2, self, "timesteps"))  # of a single t there is no curve
+        return partial(schedule_curves, self.out, self.timesteps)
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,12 @@ class Forward:
     seed: int = 0
     """Seed of the noise."""
 
-    def draw(self) -> None:
+    def prepare(self) -> Callable[[], object]:
         from . import data
 
         T = at_least(1, self, "timesteps")
         states = at_least(2, self, "states")
+        check_schedules(T)
         grey = self.dataset == "fashion-mnist"
         images = data.open_dataset(
             self.dataset,
@@ -93,7 +96,7 @@ class Forward:
         import torch
 
         image = torch.as_tensor(pixels).float() / 127.5 - 1
-        forward_strips(image, self.out, T=T, states=states, seed=self.seed)
+        return partial(forward_strips, image, self.out, T=T, states=states, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -107,45 +110,60 @@ class Reverse:
     n: int = 8
     """Samples."""
     states: int = 10
-    """Pictures of each, x_T and x_0 among them."""
-    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm"
-    """Sampler."""
-    steps: int = 100
+    """Pictures of each, x_T and x_0 among them; no more than --steps + 1 are there to be drawn."""
+    sampler: Literal["ddpm", "ddim", "dpm++", "heun"] = "ddpm"
+    """Sampler; heun calls the network twice a step."""
+    steps: Annotated[int | None, cli.left_out("100, 18 for heun; all T if that is less")] = None
     """Steps of the reverse process, at most the T that the model was trained with."""
     seed: int = 0
     """Seed of the noise."""
     device: Annotated[str | None, cli.left_out("cuda where there is one, else cpu", "NAME")] = None
     """Device to sample on: cpu, cuda, cuda:1 …"""
 
-    def draw(self) -> None:
-        strip(self.trajectory(self.states, "states"), self.out)
+    def prepare(self) -> Callable[[], object]:
+        states = self.trajectory()
+        return lambda: strip(states(), self.out)
 
-    def trajectory(self, count: int, option: str) -> list[Tensor]:
-        """`count` states (n, C, H, W) of the run's EMA weights, from x_T to x_0."""
+    def trajectory(self) -> Callable[[], list[Tensor]]:
+        """Opens the run → what draws its states (n, C, H, W), from x_T to x_0."""
         import torch
 
         from .checkpoint import load
         from .device import autocast, choose_device, choose_precision
         from .samplers import sample
 
-        for name, low in (("n", 1), ("steps", 1), (option, 2)):
+        for name, low in (("n", 1), ("states", 2)):
             at_least(low, self, name)
+        if self.steps is not None:
+            at_least(1, self, "steps")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"--seed must fit 64 bits, not {self.seed}")
         device = choose_device(self.device)
         model, diffusion, _ = load(self.run, device=device)
+        steps = self.steps or min(18 if self.sampler == "heun" else 100, diffusion.T)
+        if steps > diffusion.T:
+            raise ValueError(
+                f"--steps {steps} is more than the {diffusion.T} steps that the model was trained "
+                "with"
+            )
         c = model.config
         classes = c.get("num_classes")
-        with autocast(device, choose_precision("auto", device)):
-            return sample(
-                model,
-                diffusion,
-                (self.n, c["in_channels"], c["image_size"], c["image_size"]),
-                sampler=self.sampler,
-                steps=min(self.steps, diffusion.T),
-                seed=self.seed,
-                y=torch.arange(self.n, device=device) % classes if classes else None,
-                progress=True,
-                trajectory=count,
-            )[1]
+
+        def states() -> list[Tensor]:
+            with autocast(device, choose_precision("auto", device)):
+                return sample(
+                    model,
+                    diffusion,
+                    (self.n, c["in_channels"], c["image_size"], c["image_size"]),
+                    sampler=self.sampler,
+                    steps=steps,
+                    seed=self.seed,
+                    y=torch.arange(self.n, device=device) % classes if classes else None,
+                    progress=True,
+                    trajectory=self.states,
+                )[1]
+
+        return states
 
 
 @dataclass(frozen=True)
@@ -157,14 +175,15 @@ class Gif(Reverse):
     n: int = 16
     """Samples."""
     states: int = 50
-    """Frames, x_T and x_0 among them; at most --steps + 1."""
+    """Frames, x_T and x_0 among them; no more than --steps + 1 are there to be drawn."""
     seconds: float = 4.0
     """Length of the film, without the 2 s for which x_0 stays."""
 
-    def draw(self) -> None:
+    def prepare(self) -> Callable[[], object]:
         if not 0 < self.seconds <= 600:
             raise ValueError(f"--seconds must lie in 0 … 600, not {self.seconds}")
-        film(self.trajectory(self.states, "states"), self.out, seconds=self.seconds)
+        states = self.trajectory()
+        return lambda: film(states(), self.out, seconds=self.seconds)
 
 
 @dataclass(frozen=True)
@@ -176,12 +195,14 @@ class Vlb:
     out: Path = Path("vlb.png")
     """Picture to write, PNG."""
 
-    def draw(self) -> None:
+    def prepare(self) -> Callable[[], object]:
         if not self.runs:
             raise ValueError("give the folder of a run at least")
-        vlb_terms({str(run): terms_of(run) for run in self.runs}, self.out)
+        return partial(vlb_terms, {str(run): terms_of(run) for run in self.runs}, self.out)
 
 
+# A command's `prepare` opens and checks all that it needs and returns what draws; between the two
+# the folder of --out is made.
 COMMANDS = {"schedules": Schedules, "forward": Forward, "reverse": Reverse, "gif": Gif, "vlb": Vlb}
 
 
@@ -193,13 +214,22 @@ def at_least(low: int, config, name: str) -> int:
     return value
 
 
+def check_schedules(T: int) -> None:
+    """Raises ValueError, one sentence, if a schedule does not exist for so few steps."""
+    from . import schedules
+
+    for name in schedules.NAMES:
+        schedules.betas(name, T)
+
+
 def command(args: Sequence[str] | None) -> None:
     config = cli.parse_command(COMMANDS, PROG, args)
     suffix = ".gif" if isinstance(config, Gif) else ".png"
     if config.out.suffix.lower() != suffix or config.out.is_dir():
         raise ValueError(f"--out {config.out}: give the name of a {suffix} file")
+    draw = config.prepare()
     cli.make_writable(config.out.absolute().parent, "--out")
-    config.draw()
+    draw()
     print(config.out)
 
 

@@ -242,13 +242,22 @@ def train(config: ClassifierConfig) -> Run:
 
     from . import checkpoint, data, schedules
     from .classifier import Classifier
+    from .device import choose_device
     from .diffusion import Diffusion
 
+    choose_device(config.device)
     if config.resume is None:
         check_free(config.out)
+    else:
+        tensors, info = checkpoint.read(config.out)
+        if config.steps < info["step"]:
+            raise ValueError(
+                f"--steps {config.steps} is less than the {info['step']} steps that {config.out} "
+                f"has done: give more than {info['step']} to train on, or leave --steps out"
+            )
     grey = config.dataset == "fashion-mnist"
-    size = config.image_size or (28 if grey else 32)
-    channels = config.channels or (1 if grey else 3)
+    size = (28 if grey else 32) if config.image_size is None else config.image_size
+    channels = (1 if grey else 3) if config.channels is None else config.channels
     images = data.open_dataset(
         config.dataset, size=size, channels=channels, data_dir=config.data_dir, labels=True
     )
@@ -271,16 +280,15 @@ def train(config: ClassifierConfig) -> Run:
         sentence = str(error).replace("model_channels", "--width")
         raise ValueError(sentence.replace("image_size", "--image-size")) from None
     diffusion = Diffusion(schedules.betas(config.schedule, config.timesteps))
-    cli.make_writable(config.out, "--out")
     run = Run(config, model, diffusion, images)
     if config.resume is not None:
-        tensors, info = checkpoint.read(config.out)
         if list(images.classes) != info["classes"]:
             raise ValueError(
                 f"{config.dataset} has the classes {', '.join(images.classes)}, but {config.out} "
                 f"was trained with {', '.join(info['classes'])}"
             )
         run.restore(tensors, info)
+    cli.make_writable(config.out, "--out")
     run.train()
     return run
 

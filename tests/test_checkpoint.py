@@ -2,7 +2,11 @@
 
 import json
 import os
+import signal
 import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -79,11 +83,51 @@ def test_crash_while_writing_leaves_the_previous_one(file, monkeypatch, crash):
         checkpoint.save(file, *content(0.75))
     assert [f.name for f in file.parent.iterdir()] == [checkpoint.FILE]
     assert all(bool((p == 0.5).all()) for p in engine.load(file)[0].parameters())
-    # A kill leaves its temporary file behind; the next save takes its place.
+    # An earlier version's leftover; the next save takes its place.
     file.with_name(file.name + ".tmp").write_bytes(b"half")
     checkpoint.save(file, *content(0.75))
     assert [f.name for f in file.parent.iterdir()] == [checkpoint.FILE]
     assert all(bool((p == 0.75).all()) for p in engine.load(file)[0].parameters())
+
+
+KILLED = """
+import os, sys, threading, torch
+from engine import checkpoint
+final = os.path.join(sys.argv[1], checkpoint.FILE)
+def watch():  # ends the process as soon as a byte of the new file is on the disk
+    while True:
+        for folder, _, names in os.walk(sys.argv[1]):
+            for name in names:
+                path = os.path.join(folder, name)
+                if path != final and os.path.exists(path) and os.path.getsize(path):
+                    os.kill(os.getpid(), 9)
+big = {"x": torch.zeros(2**25)}
+threading.Thread(target=watch, daemon=True).start()
+checkpoint.save(final, big, {})
+"""
+
+
+def test_what_a_killed_save_leaves_is_removed_by_the_next(file):
+    root = os.path.dirname(os.path.dirname(engine.__file__))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path])}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(file.parent)], env=env)
+    assert done.returncode == -signal.SIGKILL
+    left = {f.name for f in file.parent.iterdir()}
+    assert left == {checkpoint.FILE, checkpoint.FILE + ".tmp"}  # nothing of a made-up name
+    assert any(file.with_name(file.name + ".tmp").iterdir())
+    assert all(bool((p == 0.5).all()) for p in engine.load(file)[0].parameters())
+    checkpoint.save(file, *content(0.75))
+    assert [f.name for f in file.parent.iterdir()] == [checkpoint.FILE]
+    assert all(bool((p == 0.75).all()) for p in engine.load(file)[0].parameters())
+
+
+def test_saves_of_one_file_at_once_wait_for_each_other(file):
+    values = [i / 8 for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda value: checkpoint.save(file, *content(value)), values))
+    assert [f.name for f in file.parent.iterdir()] == [checkpoint.FILE]
+    kept = {float(p.flatten()[0]) for p in engine.load(file)[0].parameters()}
+    assert len(kept) == 1 and kept <= set(values)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])

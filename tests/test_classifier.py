@@ -187,11 +187,21 @@ def test_command_trains_saves_and_resumes(folder, capsys):
         (["--resume", "c", "--lr", "1"], "--lr cannot change on --resume"),
         (["--resume", "c", "--out", "d"], "leave out --out d"),
         (COMMAND, "c already holds a run"),
+        (
+            ["--resume", "c", "--steps", "10"],
+            "--steps 10 is less than the 61 steps that c has done",
+        ),
         ([*COMMAND, "--out", "d", "--steps", "0"], "--steps must be at least 1"),
+        ([*COMMAND, "--out", "d", "--image-size", "0"], "must be at least 1 pixel, not 0"),
+        ([*COMMAND, "--out", "d", "--channels", "0"], "must be 1 (grey) or 3 (RGB), not 0"),
+        ([*COMMAND, "--out", "d", "--device", "cuda:99"], "device cuda:99: "),
         ([*COMMAND, "--out", "d", "--width", "17"], "--width is 17, expected an even number"),
     ):
+        before = (folder / "c" / checkpoint.FILE).stat().st_mtime_ns
         assert train_classifier.main(args) == 2
         assert sentence in capsys.readouterr().err
+        assert (folder / "c" / checkpoint.FILE).stat().st_mtime_ns == before
+        assert not (folder / "d").exists()
     with pytest.raises(checkpoint.CheckpointError, match=r"is a classifier's, expected a diffusi"):
         engine.load("c")
 

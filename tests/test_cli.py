@@ -194,7 +194,9 @@ def test_bad_training_input_writes_nothing(work, capsys, changes, sentence):
     "args, sentence",
     [
         (["--schedule", "circular"], "--schedule 'circular' is unknown: choose one of 'linear', "),
-        (["--stepz", "3"], "--stepz.*did you mean --steps?"),
+        (["--stepz", "3"], "^error: --stepz is no option; did you mean --steps?; see"),
+        (["--stepz=3", "-1"], "^error: --stepz is no option; did you mean --steps?; see"),
+        (["-"], "^error: '-' belongs to no option; see"),
         (["--tensorbord", "--no-flipp"], "did you mean --tensorboard and --no-flip?"),
         (["--steps", "many"], "--steps 'many': expected a whole number; see"),
         (["--seed", "1.5"], "--seed '1.5': expected a whole number; see"),
@@ -209,11 +211,12 @@ def test_wrong_options_exit_2(work, capsys, args, sentence):
         train.main(args)
     said = refused(end.value.code, capsys)
     assert re.search(sentence.replace("?", r"\?"), said) and said.endswith("engine.train --help\n")
-    for args in (["run", "--sampler", "euler"], []):
+    for args in (["run", "--sampler", "euler"], [], ["run", "--spacing", "foo"]):
         with pytest.raises(SystemExit) as end:
             sample_main(*args)
         assert re.search(
-            "--sampler 'euler' is|RUN is missing: Fol", refused(end.value.code, capsys)
+            "--sampler 'euler' is|RUN is missing: Fol|choose one of 'karras', 'uniform'; see",
+            refused(end.value.code, capsys),
         )
     assert not (work / "run").exists()
 

@@ -171,6 +171,9 @@ def test_commands_draw(work, capsys, drawn):
     assert said == "new/r.png" and Image.open(work / said).size == (2 * 37, 2 * 28)
     assert run_plots(capsys, "gif", "run", *options, "--states", "7") == "reverse.gif"
     assert Image.open(work / "reverse.gif").n_frames == 7
+    assert run_plots(capsys, "gif", "run", "--sampler", "heun", *options[2:]) == "reverse.gif"
+    heun = plots.Gif(work / "run", sampler="heun", n=1, device="cpu")
+    assert len(heun.trajectory()()) == 11  # of the 50: x_T, and one a step of all 10
     del drawn[:]
     assert run_plots(capsys, "vlb", "run") == "vlb.png"
     (label, x, y), (_, _, mse) = drawn
@@ -191,7 +194,7 @@ def test_bad_input_is_one_sentence_and_draws_nothing(work, capsys):
     for args, sentence in (
         ([], "the command is missing: choose one of schedules, forward"),
         (["scedules"], r"'scedules' is unknown .did you mean schedules\?.: choose one of"),
-        (["schedules", "--timesteps", "0"], "--timesteps must be at least 1, not 0"),
+        (["schedules", "--timesteps", "1"], "--timesteps must be at least 2, not 1"),
         (["schedules", "--timesteps", "15"], "linear needs T > 20"),
         (["schedules", "--out", "a.jpg"], "give the name of a .png file"),
         (["gif", "run", "--out", "a.png"], "give the name of a .gif file"),
@@ -199,13 +202,17 @@ def test_bad_input_is_one_sentence_and_draws_nothing(work, capsys):
         (["reverse", "rnu"], r"no such file or folder .did you mean run\?"),
         (["reverse", "run", "--states", "1"], "--states must be at least 2"),
         (["reverse", "run", "--n", "0"], "--n must be at least 1"),
+        (["reverse", "run", "--steps", "0"], "--steps must be at least 1"),
+        (["reverse", "run", "--steps", "11"], "--steps 11 is more than the 10 steps that"),
+        (["gif", "run", "--seed", str(2**63)], "--seed must fit 64 bits"),
         (["forward", "--dataset", "pictures", "--index", "24"], "--index 24 must lie in 0 … 23"),
         (["forward", "--states", "1"], "--states must be at least 2"),
         (["vlb", "run"], "has no bits/dim yet: run python -m engine.evaluate run --metrics nll"),
         (["vlb", "rnu"], r"has no bits/dim yet .did you mean run\?.: run"),
         (["vlb", "other"], "is not what engine.evaluate writes"),
     ):
-        code = plots.main(args)
+        place = ("--out", "new/x.gif" if args[:1] == ["gif"] else "new/x.png")
+        code = plots.main([*args[:1], *(place if len(args) > 1 else ()), *args[1:]])
         said = capsys.readouterr()
         assert code == 2 and said.out == "" and said.err.count("\n") == 1, (args, said.err)
         assert re.search(sentence, said.err), (sentence, said.err)
