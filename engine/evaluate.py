@@ -187,8 +187,7 @@ def evaluate(config: EvaluateConfig, metrics: list[str]) -> dict:
 
 
 def sampling_steps(config: EvaluateConfig, T: int) -> int:
-    usual = {"ddim": 50, "dpm++": 20, "heun": 18}.get(config.sampler, T)
-    steps = config.steps or min(usual, T)
+    steps = config.steps or min({"ddim": 50, "dpm++": 20, "heun": 18}.get(config.sampler, T), T)
     if steps > T:
         raise ValueError(f"--steps {steps} is more than the {T} that the model was trained with")
     return steps
