@@ -108,7 +108,11 @@ def plain(text: str) -> str:
     for pattern, ours in PHRASES:
         if match := re.fullmatch(pattern, text):
             # None is the default of an option that is left out, nothing to type.
-            return re.sub(r", 'None'|(?<=one of )'None', ", "", match.expand(ours))
+            text, one_of, choices = match.expand(ours).partition("one of ")
+            if "'None'" in choices:  # of an option that may be left out: tyro has them in no order
+                names = sorted(name for name in choices.split(", ") if name != "'None'")
+                choices = ", ".join(names)
+            return text + one_of + choices
     if match := re.fullmatch(r"Unrecognized options: (.*)", text):
         words = [word.split("=")[0] for word in match[1].split(", ")]
         named = [word for word in words if word.startswith("-") and any(map(str.isalpha, word))]
