@@ -79,7 +79,14 @@ def study(out: Path, results: Path, steps: int, cache: list[str]) -> dict:
         *("sample", out, "--guidance", 3, "--n", 64, "--out", results / "guided.png"),
         *("--strip", results / "strip.png", "--sampler", "ddpm", "--steps", 250),
     )
-    return {"minutes": seconds / 60, "bits": bits, "scored": scored, "guided": guided}
+    cores = len(os.sched_getaffinity(0))
+    return {
+        "minutes": seconds / 60,
+        "cores": cores,
+        "bits": bits,
+        "scored": scored,
+        "guided": guided,
+    }
 
 
 def last_record(run: Path) -> dict:
@@ -92,7 +99,9 @@ def table(found: dict) -> str:
     scored = found["scored"]
     sets, real = scored["results"], scored["real"]
     lines = [
-        f"{found['minutes']:.0f} minutes on {os.cpu_count()} cores, training and all scoring.",
+        f"{found['minutes']:.0f} minutes on {found['cores']} CPU cores, training and all scoring. "
+        "Class-conditional: samples have all labels in turn, bits/dim is given the label. No "
+        "guidance but in the last table.",
         "",
         f"{scored['features']}; n = {scored['n']}, seed {scored['seed']}, "
         f"{scored['settings']['sampler']} with {scored['settings']['steps']} steps; FID and KID "
@@ -159,6 +168,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--cache", help="folder of the classifier, as for engine.evaluate")
     config = parser.parse_args()
+    if config.steps < 12 or config.steps % 12:
+        parser.error(f"--steps {config.steps} must be a multiple of 12: its twelfths are scored")
     cache = ["--cache", config.cache] if config.cache else []
     found = study(config.out, config.results, config.steps, cache)
     (config.results / "study.json").write_text(json.dumps(found, indent=1) + "\n")
