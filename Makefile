@@ -1,5 +1,5 @@
-# Two commands are enough: `make train`, `make test`. Also: venv, build, bench, lint, clean; on a
-# machine with a GPU: gpu, gpu-sanitize.
+# Two commands are enough: `make train`, `make test`. Also: venv, build, bench, study, lint, clean; on
+# a machine with a GPU: gpu, gpu-sanitize.
 #
 #   PYTHON=python3.12          the interpreter (3.10 or newer)
 #   TORCH='torch==2.13.0 --index-url …'   the torch build, as pip writes it
@@ -43,7 +43,7 @@ DATA_STAMP := $(STAMPS)/.engine-data
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
 
 .DEFAULT_GOAL := train
-.PHONY: train test venv build data bench gpu gpu-sanitize lint clean always
+.PHONY: train test venv build data bench study gpu gpu-sanitize lint clean always
 
 train: build data
 	@if [ -f '$(RUN)/checkpoint.safetensors' ]; then \
@@ -64,6 +64,10 @@ bench: build
 	@mkdir -p '$(RESULTS)'
 	$(PY) -m pytest benchmarks --benchmark-json='$(RESULTS)/$(RESULT).json' $(ARGS)
 	$(PY) benchmarks/report.py --results '$(RESULTS)'
+
+# One model in an hour on two CPU cores: trained, its likelihood, FID and guidance scored.
+study: build data
+	$(PY) benchmarks/fashion_mnist.py --out runs/hour --results '$(RESULTS)/fashion-mnist' $(ARGS)
 
 # On a machine with a GPU, in nine minutes and without a network: the extension for that GPU, the op
 # tests on it (they write engine/evidence.json), the benchmarks, tables and plots.

@@ -184,6 +184,16 @@ def load(path: str | os.PathLike, *, device: str | torch.device = "cpu"):
     return model, diffusion, info
 
 
+def check_range(info: dict, run: str | os.PathLike) -> None:
+    """Raises ValueError, one sentence, where the pictures of a run lay in [0, 1]: the commands that
+    draw know [−1, 1]."""
+    if info.get("unit"):
+        raise ValueError(
+            f"{run} was trained on pictures in [0, 1], a cell of engine.ablate's slides protocol: "
+            "its pictures and scores are in that study's folder"
+        )
+
+
 def load_classifier(path: str | os.PathLike, *, device: str | torch.device = "cpu"):
     """The noisy classifier of a run of engine.train_classifier, in eval mode.
 

@@ -6,6 +6,7 @@ x_σ = x_0 + σ ε. The state of every sampler is the network's own input x = �
 
 import copy
 import math
+import re
 from numbers import Real
 
 import torch
@@ -98,6 +99,23 @@ def time_of(diffusion: Diffusion, sigma: Tensor) -> Tensor:
 
 def _sigma(alpha_bar: Tensor) -> Tensor:
     return ((1 - alpha_bar) / alpha_bar).sqrt()
+
+
+def asked_steps(text: str | None, sampler: str, T: int) -> int | str:
+    """What a command's --steps asks for: a number, text for schedules.respace, or, of None, the
+    sampler's usual number. Raises ValueError, one sentence."""
+    if text is None:
+        return min({"ddim": 50, "dpm++": 20, "heun": 18}.get(sampler, T), T)
+    steps = int(text) if re.fullmatch(r"[+-]?\d+", text.strip()) else text
+    if isinstance(steps, int) and steps < 1:
+        raise ValueError(f"--steps must be at least 1, not {steps}")
+    if isinstance(steps, int) and steps > T:
+        raise ValueError(f"--steps {steps} is more than the {T} that the model was trained with")
+    try:
+        schedules.kept_steps(T, steps)
+    except ValueError as error:
+        raise ValueError(f"--steps {text!r}: {error}") from None
+    return steps
 
 
 def _levels(

@@ -58,13 +58,17 @@ class EvaluateConfig:
     sampler: Literal["ddpm", "ddim", "dpm++", "heun"] = "ddim"
     """Sampler; heun calls the network twice a step."""
     steps: Annotated[
-        int | None, cli.left_out("50 for ddim, 20 for dpm++, 18 for heun, all T for ddpm")
+        str | None, cli.left_out("50 for ddim, 20 for dpm++, 18 for heun, all T for ddpm")
     ] = None
-    """Steps of the reverse process."""
+    """Steps of the reverse process: a number, the counts kept per section of the T, such as
+    10,10,30, or ddimN."""
     eta: float = 0.0
     """Noise of ddim, from 0, none, to 1, as much as ddpm's."""
     clip: bool = True
     """Clip x0 to [-1, 1] in every step."""
+    guidance: Annotated[float | None, cli.left_out("none")] = None
+    """Scale of classifier-free guidance, of a class-conditional model that was trained with label
+    dropout: 1 is the model as it is, more gives clearer classes and less variety."""
 
     baseline: bool = True
     """Score real test pictures too."""
@@ -101,7 +105,7 @@ def check(config: EvaluateConfig) -> list[str]:
                 f"between{meant}"
             )
     least = {"n": 2, "batch": 1, "splits": 1, "kid_subsets": 1, "neighbours": 1}
-    least |= {"steps": 1, "kid_subset_size": 2, "nll_n": 2}
+    least |= {"kid_subset_size": 2, "nll_n": 2}
     for name, low in least.items():
         value = getattr(config, name)
         if value is not None and value < low:
@@ -110,6 +114,8 @@ def check(config: EvaluateConfig) -> list[str]:
         raise ValueError(f"--seed must fit 64 bits, not {config.seed}")
     if not 0 <= config.eta <= 1 or (config.eta and config.sampler != "ddim"):
         raise ValueError(f"--eta {config.eta} must lie in 0 … 1 and goes with --sampler ddim only")
+    if config.guidance is not None and not math.isfinite(config.guidance):
+        raise ValueError(f"--guidance must be a finite number, not {config.guidance}")
     n = config.n
     if "kid" in metrics and subset_size(config) > n:
         raise ValueError(f"--n {n} is less than --kid-subset-size {config.kid_subset_size}")
@@ -129,6 +135,7 @@ def subset_size(config: EvaluateConfig) -> int:
 def evaluate(config: EvaluateConfig, metrics: list[str]) -> dict:
     """Draws, scores, adds a record to RUN/evaluation.json and returns it."""
     from . import cache, checkpoint, scores
+    from .coefficients import asked_steps
     from .device import choose_device, choose_precision
 
     if {"fid", "kid", "is"} & set(metrics):
@@ -138,7 +145,8 @@ def evaluate(config: EvaluateConfig, metrics: list[str]) -> dict:
     model, diffusion, info = checkpoint.load(file, device=device)
     cli.make_writable(file.parent, "RUN")
     evaluation.read(file.parent)  # a file that is none is said before all the work
-    steps = sampling_steps(config, diffusion.T)
+    checkpoint.check_range(info, config.run)
+    steps = asked_steps(config.steps, config.sampler, diffusion.T)
     folder = cache.folder(config.cache)
     train, test = real_pictures(config, info, model)
     check_pictures(config, metrics, info, model, train, test)
@@ -149,7 +157,7 @@ def evaluate(config: EvaluateConfig, metrics: list[str]) -> dict:
         "n": config.n,
         "seed": config.seed,
         "settings": {
-            **{k: getattr(config, k) for k in ("sampler", "eta", "clip", "batch")},
+            **{k: getattr(config, k) for k in ("sampler", "eta", "clip", "guidance", "batch")},
             "steps": steps,
             "device": str(device),
             "precision": str(choose_precision(config.precision, device)).removeprefix("torch."),
@@ -184,13 +192,6 @@ def evaluate(config: EvaluateConfig, metrics: list[str]) -> dict:
         print(f"note: {note}", file=sys.stderr)
     evaluation.add(file.parent, record)
     return record
-
-
-def sampling_steps(config: EvaluateConfig, T: int) -> int:
-    steps = config.steps or min({"ddim": 50, "dpm++": 20, "heun": 18}.get(config.sampler, T), T)
-    if steps > T:
-        raise ValueError(f"--steps {steps} is more than the {T} that the model was trained with")
-    return steps
 
 
 SEEN = (
@@ -233,6 +234,11 @@ def check_pictures(config: EvaluateConfig, metrics, info: dict, model, train, te
     conditional = model.config.get("num_classes")
     if "agreement" in metrics and not conditional:
         raise ValueError("--metrics agreement needs a class-conditional model (train --classes)")
+    scale = config.guidance
+    if scale is not None and (not conditional or (scale != 1 and model.null_label is None)):
+        raise ValueError(
+            f"--guidance {scale} needs a model that was trained with --classes and --label-dropout"
+        )
     if conditional and {"agreement", "nll"} & set(metrics):
         found = [] if train.labels is None else list(train.classes)
         if found != info.get("classes"):
@@ -284,7 +290,7 @@ def choose_extractor(config: EvaluateConfig, metrics, train, test, folder: Path,
     return extractor
 
 
-def draw(config: EvaluateConfig, model, diffusion, steps: int, device):
+def draw(config: EvaluateConfig, model, diffusion, steps: int | str, device):
     """n samples as pictures (n, C, H, W) uint8, and the labels asked for (n,) or None."""
     import torch
     from tqdm import trange
@@ -310,6 +316,7 @@ def draw(config: EvaluateConfig, model, diffusion, steps: int, device):
                 eta=config.eta,
                 seed=config.seed,
                 clip=config.clip,
+                guidance=config.guidance,
                 y=None if y is None else y[start : start + count].to(device),
                 offset=start,
             )

@@ -45,13 +45,17 @@ def table(record: dict) -> str:
     s = record["settings"]
     lines = [
         f"{record['run']}: {record['trained_steps']} training steps, EMA weights; "
-        f"{s['device']}, {s['precision']}, seed {record['seed']}"
+        f"{s['device']}, seed {record['seed']}"
     ]
     sets = record["results"]
     if sets:
         eta = f" and eta {s['eta']}" if s["eta"] else ""
         clip = "" if s["clip"] else ", no clip"
-        lines.append(f"sampler: {s['sampler']} with {s['steps']} steps{eta}{clip}")
+        scale = s.get("guidance")
+        guided = "" if scale is None else f", guidance {scale:g}"
+        lines.append(
+            f"sampler: {s['sampler']} with {s['steps']} steps{eta}{clip}{guided}, {s['precision']}"
+        )
         lines.append(f"features: {record['features']}")
         heads = [f"{name}, n = {found['n']}" for name, found in sets.items()]
         lines.append(" " * 14 + "".join(f"{head:>26}" for head in heads))

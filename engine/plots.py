@@ -128,7 +128,7 @@ class Reverse:
         """Opens the run → what draws its states (n, C, H, W), from x_T to x_0."""
         import torch
 
-        from .checkpoint import load
+        from .checkpoint import check_range, load
         from .device import autocast, choose_device, choose_precision
         from .samplers import sample
 
@@ -139,7 +139,8 @@ class Reverse:
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"--seed must fit 64 bits, not {self.seed}")
         device = choose_device(self.device)
-        model, diffusion, _ = load(self.run, device=device)
+        model, diffusion, info = load(self.run, device=device)
+        check_range(info, self.run)
         steps = self.steps or min(18 if self.sampler == "heun" else 100, diffusion.T)
         if steps > diffusion.T:
             raise ValueError(

@@ -40,9 +40,10 @@ class SampleConfig:
     """Sampler: ddpm is ancestral; ddim is deterministic with --eta 0; dpm++ needs fewest calls of
     the network; heun calls it twice a step."""
     steps: Annotated[
-        int | None, cli.left_out("50 for ddim, 20 for dpm++, 18 for heun, all T for ddpm")
+        str | None, cli.left_out("50 for ddim, 20 for dpm++, 18 for heun, all T for ddpm")
     ] = None
-    """Steps of the reverse process, at most the T that the model was trained with."""
+    """Steps of the reverse process: a number, at most the T that the model was trained with; the
+    counts kept per section of the T, such as 10,10,30; or ddimN."""
     spacing: Annotated[
         Literal["uniform", "karras"] | None, cli.left_out("karras for heun, else uniform")
     ] = None
@@ -79,19 +80,16 @@ def command(args: Sequence[str] | None) -> None:
     import torch
 
     from . import plots
-    from .checkpoint import load
+    from .checkpoint import check_range, load
+    from .coefficients import asked_steps
     from .device import autocast, choose_device, choose_precision
     from .samplers import sample
 
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     model, diffusion, info = load(config.run, device=device)
-    usual = {"ddim": 50, "dpm++": 20, "heun": 18}.get(config.sampler, diffusion.T)
-    steps = config.steps or min(usual, diffusion.T)
-    if steps > diffusion.T:
-        raise ValueError(
-            f"--steps {steps} is more than the {diffusion.T} steps that the model was trained with"
-        )
+    check_range(info, config.run)
+    steps = asked_steps(config.steps, config.sampler, diffusion.T)
     classifier, classes = None, model.config.get("num_classes")
     if config.guidance is not None and classes is None:
         raise ValueError(
@@ -152,8 +150,6 @@ def check(config: SampleConfig) -> None:
     for name in ("n", "batch"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(config, name)}")
-    if config.steps is not None and config.steps < 1:
-        raise ValueError(f"--steps must be at least 1, not {config.steps}")
     if not 0 <= config.eta <= 1:
         raise ValueError(f"--eta must lie in 0 … 1, not {config.eta}")
     if config.eta and config.sampler != "ddim":

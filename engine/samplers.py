@@ -92,6 +92,8 @@ def sample(
     The model runs as it is (precision, layout), in eval mode and without gradients.
     Raises ValueError for bad names, step counts, shapes and devices.
     """
+    if not isinstance(offset, Integral) or offset < 0:
+        raise ValueError(f"offset is {offset!r}, expected the index of the first sample, 0 or more")
     _check(shape, trajectory, y, classifier, classifier_scale)
     if device is None:
         parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())

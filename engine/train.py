@@ -105,6 +105,9 @@ class TrainConfig:
     """Steps between two lines in metrics.jsonl and TensorBoard."""
     save_every: int = 500
     """Steps between two checkpoints; the end and Ctrl-C save in any case."""
+    keep_every: int = 0
+    """Steps between two checkpoints that stay, in RUN/checkpoints, to score a run's stages; 0 keeps
+    the last alone."""
     sample_every: int = 500
     """Steps between two grids of 16 samples; 0 draws none while training."""
     samples: int = 64
@@ -137,12 +140,15 @@ RECIPES = {
 }
 
 # What a run writes beside its checkpoint.
-RUN_FILES = ("metrics.jsonl", "tensorboard", "samples", "samples.png", "strip.png", "loss.png")
+RUN_FILES = (
+    *("metrics.jsonl", "tensorboard", "samples", "checkpoints"),
+    *("samples.png", "strip.png", "loss.png"),
+)
 
 # What --resume may change: how the run is carried out, not what it computes.
 RESUMABLE = {
     *("out", "resume", "data_dir", "steps", "device", "precision", "log_every", "save_every"),
-    *("cache", "sample_every", "samples", "sample_steps", "tensorboard"),
+    *("keep_every", "cache", "sample_every", "samples", "sample_steps", "tensorboard"),
 }
 
 
@@ -152,7 +158,7 @@ def validate(config: TrainConfig) -> None:
     for name in (*positive, "sample_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{cli.option(name)} must be at least 1, not {getattr(config, name)}")
-    for name in ("warmup", "sample_every", "samples", "weight_decay"):
+    for name in ("warmup", "keep_every", "sample_every", "samples", "weight_decay"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{cli.option(name)} must be 0 or more, not {getattr(config, name)}")
     for name in ("lr", "clip"):

@@ -184,6 +184,7 @@ class Trainer:
     # -- checkpoints
 
     def save(self) -> None:
+        """The checkpoint to go on from; every keep_every steps also one that stays."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
         tensors["diffusion.betas"] = self.diffusion.betas
@@ -200,8 +201,13 @@ class Trainer:
             "classes": list(self.images.classes) if c.classes else [],
             "step": self.step,
             "skipped": self.skipped,
+            "unit": self.images.unit,
         }
         checkpoint.save(self.folder / checkpoint.FILE, tensors, info)
+        if c.keep_every and self.step and self.step % c.keep_every == 0:
+            kept = self.folder / "checkpoints" / f"step_{self.step:06d}.safetensors"
+            kept.parent.mkdir(exist_ok=True)
+            checkpoint.save(kept, tensors, info)
 
     def restore(self, tensors: dict[str, Tensor], info: dict) -> None:
         """Puts in a checkpoint's EMA, optimiser, t sampler and counters; the model is there."""
@@ -312,7 +318,8 @@ class Trainer:
                             f"go on with: python -m engine.train --resume {self.folder}",
                             128 + signals.caught,
                         )
-                    if self.step % c.save_every == 0 or self.step == c.steps:
+                    due = self.step % c.save_every == 0 or self.step == c.steps
+                    if due or (c.keep_every and self.step % c.keep_every == 0):
                         self.save()
                     if c.sample_every and self.step % c.sample_every == 0 and self.step < c.steps:
                         path = self.folder / "samples" / f"step_{self.step:06d}.png"

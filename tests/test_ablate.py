@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import importlib
 import io
 import itertools
 import json
@@ -165,7 +166,7 @@ def test_dry_run_writes_nothing_and_knows_what_is_left(study, capsys):
     assert said.count("done") == 2 and ": 12 steps of" in said
 
 
-def test_slides_train_on_pictures_between_0_and_1(study, monkeypatch):
+def test_slides_train_on_pictures_between_0_and_1(study, monkeypatch, capsys):
     seen = []
     step = trainer.Trainer.train_step
 
@@ -185,6 +186,11 @@ def test_slides_train_on_pictures_between_0_and_1(study, monkeypatch):
         if k[:4] == "ema."
     )
     assert "linear" not in table.read_text()
+    capsys.readouterr()
+    for name in ("sample", "evaluate"):  # they would clip and draw in [−1, 1]
+        command = importlib.import_module(f"engine.{name}").command
+        assert cli.main(command, [str(cell)]) == 2
+        assert "was trained on pictures in [0, 1]" in capsys.readouterr().err
 
 
 def test_published_protocols_build(monkeypatch):

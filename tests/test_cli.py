@@ -80,8 +80,8 @@ def test_train_and_sample_a_learned_variance(work, capsys):
     assert "t is drawn uniformly until each of the 10 has 10 losses" in capsys.readouterr().err
     assert train.main(["--resume", "run", "--steps", "4"]) == 0
     assert checkpoint.read("run")[0]["t_sampler.counts"].sum() == 16
-    for sampler in ("ddpm", "ddim", "dpm++"):
-        assert sample_main("run", "--n", "2", "--sampler", sampler, "--steps", "4") == 0
+    for sampler, steps in (("ddpm", "4"), ("ddim", "ddim5"), ("dpm++", "2,3")):
+        assert sample_main("run", "--n", "2", "--sampler", sampler, "--steps", steps) == 0
     capsys.readouterr()
     args = ["--resume", "run", "--t-sampler", "uniform"]
     assert "--t-sampler cannot change on --resume" in refused(train.main(args), capsys)
@@ -253,7 +253,7 @@ def test_files_of_a_run_without_a_checkpoint_are_not_overwritten(work, capsys, n
 
 
 def test_a_run_writes_no_file_that_is_not_guarded(work):
-    options = ["--tensorboard", "--sample-every", "1"]
+    options = ["--tensorboard", "--sample-every", "1", "--keep-every", "1"]
     assert train.main([*TRAIN, *options]) == 0
     pytest.importorskip("tensorboard")
     assert {path.name for path in (work / "run").iterdir()} == {checkpoint.FILE, *train.RUN_FILES}
@@ -302,8 +302,10 @@ def test_bad_sampling_input_writes_nothing(work, capsys):
         (["nowhere"], "no checkpoint at nowhere"),
         (["pictures"], "has no checkpoint"),
         (["cut.safetensors"], "not a readable checkpoint"),
-        (["run", "--steps", "11"], "more than the 10 steps"),
+        (["run", "--steps", "11"], "more than the 10 that the model was trained with"),
         (["run", "--steps", "0"], "--steps must be at least 1"),
+        (["run", "--steps", "many"], "--steps 'many': "),
+        (["run", "--steps", "ddim11"], "--steps 'ddim11': "),
         (["run", "--n", "0"], "--n must be at least 1"),
         (["run", "--eta", "2"], "--eta must lie in"),
         (["run", "--label", "1"], "--label needs a class-conditional model"),

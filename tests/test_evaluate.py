@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from engine import checkpoint, cli, domain_classifier, evaluate, evaluation, train
+from engine.coefficients import asked_steps
 
 pytest.importorskip("torchmetrics")
 
@@ -69,8 +70,26 @@ def test_heun_and_its_usual_steps(run, capsys):
     options = ["run", *SMALL[:-2], "--n", "8", "--metrics", "prc", "--sampler", "heun"]
     assert evaluate.main([*options, "--no-baseline"]) == 0
     assert "sampler: heun with 10 steps" in capsys.readouterr().out  # of 10
-    config = evaluate.EvaluateConfig(run, sampler="heun")
-    assert evaluate.sampling_steps(config, 1000) == 18
+    assert asked_steps(None, "heun", 1000) == 18
+
+
+def test_guidance(run, capsys):
+    assert train.main([*TRAIN, "--classes", "--label-dropout", "0.5", "--out", "guided"]) == 0
+    folder = run.parent / "guided"
+    options = [str(folder), *SMALL, "--n", "8", "--metrics", "agreement", "--no-baseline"]
+    assert evaluate.main([*options, "--guidance", "3"]) == 0
+    assert "sampler: ddim with 2 steps, guidance 3, " in capsys.readouterr().out
+    assert json.loads((folder / evaluation.FILE).read_text())[0]["settings"]["guidance"] == 3
+
+    model, diffusion, _ = checkpoint.load(folder)
+    for p in model.parameters():
+        p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)), alpha=0.1)
+    drawn = {}
+    for scale in (None, 1.0, 0.0, 8.0):
+        config = evaluate.EvaluateConfig(folder, n=8, guidance=scale, precision="fp32")
+        drawn[scale] = evaluate.draw(config, model, diffusion, 2, torch.device("cpu"))[0]
+    assert torch.equal(drawn[None], drawn[1.0])
+    assert not torch.equal(drawn[0.0], drawn[1.0]) and not torch.equal(drawn[8.0], drawn[1.0])
 
 
 def test_inception_sees_colour_bytes_and_its_weights_are_named(run, capsys, monkeypatch):
@@ -133,7 +152,10 @@ def test_bad_input_is_one_sentence_and_writes_nothing(run, capsys):
         (["run", "--n", "5", "--splits", "4", "--metrics", "is"], "does not make 4 splits"),
         (["run", "--n", "9", "--kid-subset-size", "10"], "less than --kid-subset-size 10"),
         (["run", "--steps", "11"], "more than the 10"),
+        (["run", "--steps", "2,9"], "--steps '2,9': section 2 of 2 has 5 of the T=10 steps"),
         (["run", "--eta", "1", "--sampler", "ddpm"], "goes with --sampler ddim only"),
+        (["run", "--guidance", "inf"], "--guidance must be a finite number, not inf"),
+        (["run", "--guidance", "2"], "--guidance 2.0 needs a model.*--classes and --label-dropout"),
         (["run", "--features", "inception"], "no Inception weights in .*nothing is downloaded"),
         (["run", "--inception-weights", "gone.pth"], "no Inception weights at gone.pth"),
         (["run", "--metrics", "agreement", "--features", "inception"], "needs --features domain"),

@@ -239,6 +239,7 @@ def test_labels_and_modes():
         (dict(model=lambda x, t: x[:1]), r"model_out is \(1, 1, 4, 4\)"),
         (dict(steps=2.5), r"steps is 2\.5, expected a whole number"),
         (dict(seed=2**64), "seed"),
+        (dict(offset=-1), "offset is -1, expected the index of the first sample, 0 or more"),
         (dict(device="toaster"), "'toaster' is no device"),
     ],
 )

@@ -329,6 +329,21 @@ def test_a_killed_run_resumes_from_its_checkpoint(work, monkeypatch):
         assert [row["step"] for row in rows_of(run)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_checkpoints_that_stay(work):
+    """Each is what a run that stopped there would have left; it can be sampled and resumed."""
+    train(config(work, keep_every=2))
+    kept = sorted((work / "run" / "checkpoints").iterdir())
+    assert [path.name for path in kept] == [f"step_00000{k}.safetensors" for k in (2, 4, 6)]
+    train(config(work, out=work / "short", steps=2))
+    tensors, info = checkpoint.read(kept[0])
+    assert info["step"] == 2
+    for name, value in weights(work / "short").items():
+        assert torch.equal(tensors[name], value), name
+    assert checkpoint.load(kept[1])[2]["step"] == 4
+    train(resumed(work / "run", steps=7, keep_every=0))
+    assert len(list((work / "run" / "checkpoints").iterdir())) == 3
+
+
 def test_steps_below_those_done_are_refused(work):
     train(config(work))
     before = (work / "run" / checkpoint.FILE).read_bytes()
