@@ -101,16 +101,18 @@ def _sigma(alpha_bar: Tensor) -> Tensor:
     return ((1 - alpha_bar) / alpha_bar).sqrt()
 
 
-def asked_steps(text: str | None, sampler: str, T: int) -> int | str:
+def asked_steps(text: str | None, sampler: str, spacing: str | None, T: int) -> int | str:
     """What a command's --steps asks for: a number, text for schedules.respace, or, of None, the
     sampler's usual number. Raises ValueError, one sentence."""
     if text is None:
         return min({"ddim": 50, "dpm++": 20, "heun": 18}.get(sampler, T), T)
-    steps = int(text) if re.fullmatch(r"[+-]?\d+", text.strip()) else text
+    steps = int(text) if re.fullmatch(r"[+-]?\d{1,18}", text.strip()) else text
     if isinstance(steps, int) and steps < 1:
         raise ValueError(f"--steps must be at least 1, not {steps}")
     if isinstance(steps, int) and steps > T:
         raise ValueError(f"--steps {steps} is more than the {T} that the model was trained with")
+    if isinstance(steps, str) and (spacing or _usual_spacing(sampler)) == "karras":
+        raise ValueError(f"--steps {text!r}: karras spacing, heun's own, takes a number of steps")
     try:
         schedules.kept_steps(T, steps)
     except ValueError as error:
@@ -118,15 +120,23 @@ def asked_steps(text: str | None, sampler: str, T: int) -> int | str:
     return steps
 
 
+def _usual_spacing(sampler: str) -> str:
+    return "karras" if sampler == "heun" else "uniform"
+
+
 def _levels(
     diffusion: Diffusion, sampler: str, steps: int | str | None, spacing: str | None
 ) -> tuple[Tensor, Tensor]:
     """t (n,) and ᾱ (n,) float64 of the noise levels, ascending in noise; the image itself is not
     among them."""
-    if spacing is None:
-        spacing = "karras" if sampler == "heun" else "uniform"
+    spacing = _usual_spacing(sampler) if spacing is None else spacing
     if spacing not in SPACINGS:
         raise ValueError(f"spacing is {spacing!r}, expected one of {', '.join(SPACINGS)}, or None")
+    if spacing == "karras" and isinstance(steps, str):
+        raise ValueError(
+            f"steps is {steps!r}, but karras spacing takes a number: it is spread evenly over "
+            "σ^(1/7); sections of the T and ddimN go with spacing 'uniform'"
+        )
     t = torch.tensor(schedules.kept_steps(diffusion.T, diffusion.T if steps is None else steps))
     if spacing == "uniform":
         return diffusion.model_steps(t), diffusion.alpha_bar[t]

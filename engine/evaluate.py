@@ -19,6 +19,7 @@ except ImportError:  # cli.parse says so
     Positional = None
 
 PROG = "python -m engine.evaluate"
+SETTINGS = ("sampler", "spacing", "eta", "clip", "guidance", "batch")
 METRICS = ("fid", "kid", "is", "prc", "agreement", "nll")
 
 
@@ -60,8 +61,12 @@ class EvaluateConfig:
     steps: Annotated[
         str | None, cli.left_out("50 for ddim, 20 for dpm++, 18 for heun, all T for ddpm")
     ] = None
-    """Steps of the reverse process: a number, the counts kept per section of the T, such as
-    10,10,30, or ddimN."""
+    """Steps of the reverse process: a number; 10,10,30 for so many of each third of the T; or ddimN
+    for N at an even stride."""
+    spacing: Annotated[
+        Literal["uniform", "karras"] | None, cli.left_out("karras for heun, else uniform")
+    ] = None
+    """How the steps are spread: evenly over t, or as Karras et al. 2022 do, denser at low noise."""
     eta: float = 0.0
     """Noise of ddim, from 0, none, to 1, as much as ddpm's."""
     clip: bool = True
@@ -116,6 +121,8 @@ def check(config: EvaluateConfig) -> list[str]:
         raise ValueError(f"--eta {config.eta} must lie in 0 … 1 and goes with --sampler ddim only")
     if config.guidance is not None and not math.isfinite(config.guidance):
         raise ValueError(f"--guidance must be a finite number, not {config.guidance}")
+    if config.guidance is not None and set(metrics) == {"nll"}:
+        raise ValueError("--guidance guides samples, of which nll has none: leave it out")
     n = config.n
     if "kid" in metrics and subset_size(config) > n:
         raise ValueError(f"--n {n} is less than --kid-subset-size {config.kid_subset_size}")
@@ -146,18 +153,19 @@ def evaluate(config: EvaluateConfig, metrics: list[str]) -> dict:
     cli.make_writable(file.parent, "RUN")
     evaluation.read(file.parent)  # a file that is none is said before all the work
     checkpoint.check_range(info, config.run)
-    steps = asked_steps(config.steps, config.sampler, diffusion.T)
+    steps = asked_steps(config.steps, config.sampler, config.spacing, diffusion.T)
     folder = cache.folder(config.cache)
     train, test = real_pictures(config, info, model)
     check_pictures(config, metrics, info, model, train, test)
     record = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "run": str(config.run),
+        "file": file.name,
         "trained_steps": info["step"],
         "n": config.n,
         "seed": config.seed,
         "settings": {
-            **{k: getattr(config, k) for k in ("sampler", "eta", "clip", "guidance", "batch")},
+            **{k: getattr(config, k) for k in SETTINGS},
             "steps": steps,
             "device": str(device),
             "precision": str(choose_precision(config.precision, device)).removeprefix("torch."),
@@ -187,7 +195,8 @@ def evaluate(config: EvaluateConfig, metrics: list[str]) -> dict:
                 config, metrics, dims, real.features[:n], real.logits[:n], real.labels[:n], []
             )
     if "nll" in metrics:
-        record["nll"] = bits_per_dim(config, model, diffusion, test, file.parent, device)
+        plot = "nll.png" if file.name == checkpoint.FILE else f"nll-{file.stem}.png"
+        record["nll"] = bits_per_dim(config, model, diffusion, test, file.parent / plot, device)
     for note in record["notes"]:
         print(f"note: {note}", file=sys.stderr)
     evaluation.add(file.parent, record)
@@ -313,6 +322,7 @@ def draw(config: EvaluateConfig, model, diffusion, steps: int | str, device):
                 (count, channels, size, size),
                 sampler=config.sampler,
                 steps=steps,
+                spacing=config.spacing,
                 eta=config.eta,
                 seed=config.seed,
                 clip=config.clip,
@@ -357,8 +367,8 @@ def score(config: EvaluateConfig, metrics, real, features, logits, labels, notes
     return found
 
 
-def bits_per_dim(config: EvaluateConfig, model, diffusion, test, folder: Path, device) -> dict:
-    """Bits/dim of test pictures with its parts; the terms over t as nll.png."""
+def bits_per_dim(config: EvaluateConfig, model, diffusion, test, plot: Path, device) -> dict:
+    """Bits/dim of test pictures with its parts; the terms over t as a picture."""
     import torch
     from tqdm import tqdm
 
@@ -385,7 +395,7 @@ def bits_per_dim(config: EvaluateConfig, model, diffusion, test, folder: Path, d
             kept.append(getattr(terms, name).double().cpu())
     total, prior, vb, mse = (torch.cat(kept) for kept in parts.values())
     terms = {"vb": vb.mean(0).tolist(), "mse": mse.mean(0).tolist()}
-    curves.vlb_terms({str(config.run): terms}, folder / "nll.png")
+    curves.vlb_terms({str(config.run): terms}, plot)
     return {
         "n": n,
         "bits_per_dim": float(total.mean()),
@@ -395,6 +405,7 @@ def bits_per_dim(config: EvaluateConfig, model, diffusion, test, folder: Path, d
         "kl": float(vb[:, 1:].sum(1).mean()),
         "T": diffusion.T,
         "precision": str(precision).removeprefix("torch."),
+        "plot": plot.name,
         "terms": {name: [float(f"{v:.5g}") for v in values] for name, values in terms.items()},
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from . import checkpoint
 from .cli import neighbour
 from .pictures import atomic
 
@@ -77,7 +78,7 @@ def table(record: dict) -> str:
             f"bits/dim ↓    {nll['bits_per_dim']:.4f}{'' if error is None else f' ± {error:.4f}'}"
             f" (standard error) = prior {nll['prior']:.3g} + KL terms {nll['kl']:.4f} + decoder "
             f"{nll['decoder']:.4f}; T = {nll['T']}, {nll['n']} test pictures, {nll['precision']}, "
-            f"{Path(record['run'])}/nll.png"
+            f"terms over t in {nll['plot']}"
         )
     return "\n".join(lines)
 
@@ -91,7 +92,10 @@ def figure(found: dict, name: str) -> str:
 def terms_of(run: Path) -> dict:
     """The "terms" over t of the last bits/dim of a run: "vb" and "mse" (T,)."""
     run = run.expanduser()
-    found = [r["nll"] for r in read(run if run.is_dir() else run.parent) if r.get("nll")]
+    folder, name = (run, checkpoint.FILE) if run.is_dir() else (run.parent, run.name)
+    # Records from before there were several checkpoints in a folder have no "file".
+    records = [r for r in read(folder) if r.get("file", name) == name]
+    found = [r["nll"] for r in records if r.get("nll")]
     if not found:
         hint = "" if run.exists() else neighbour(run)
         raise ValueError(

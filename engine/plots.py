@@ -192,7 +192,7 @@ class Vlb:
     """Draw the terms of the variational bound over t, of the last bits/dim of each run."""
 
     runs: Annotated[tuple[Path, ...], Positional]
-    """Folders of runs that `python -m engine.evaluate RUN --metrics nll` has evaluated."""
+    """Runs, or checkpoints, that `python -m engine.evaluate RUN --metrics nll` has evaluated."""
     out: Path = Path("vlb.png")
     """Picture to write, PNG."""
 

@@ -42,8 +42,8 @@ class SampleConfig:
     steps: Annotated[
         str | None, cli.left_out("50 for ddim, 20 for dpm++, 18 for heun, all T for ddpm")
     ] = None
-    """Steps of the reverse process: a number, at most the T that the model was trained with; the
-    counts kept per section of the T, such as 10,10,30; or ddimN."""
+    """Steps of the reverse process: a number, at most the T that the model was trained with;
+    10,10,30 for so many of each third of the T; or ddimN for N at an even stride."""
     spacing: Annotated[
         Literal["uniform", "karras"] | None, cli.left_out("karras for heun, else uniform")
     ] = None
@@ -89,7 +89,7 @@ def command(args: Sequence[str] | None) -> None:
     precision = choose_precision(config.precision, device)
     model, diffusion, info = load(config.run, device=device)
     check_range(info, config.run)
-    steps = asked_steps(config.steps, config.sampler, diffusion.T)
+    steps = asked_steps(config.steps, config.sampler, config.spacing, diffusion.T)
     classifier, classes = None, model.config.get("num_classes")
     if config.guidance is not None and classes is None:
         raise ValueError(

@@ -214,12 +214,15 @@ def train(config: TrainConfig) -> Path:
                 f"done: give more than {info['step']} to train on, or leave --steps out"
             )
         model, diffusion = checkpoint.build(tensors, info, "model", file)
+        check_branch(file, info)
         size, channels = model.config["image_size"], model.config["in_channels"]
     else:
         folder = config.out or Path("runs") / Path(config.dataset).resolve().name
         config = dataclasses.replace(config, out=folder)
         check_free(folder)
         size, channels = picture_shape(config)
+    if config.keep_every and folder.exists():
+        cli.make_writable(folder / "checkpoints", "--keep-every")
     images = data.open_dataset(
         config.dataset,
         size=size,
@@ -267,6 +270,22 @@ def train(config: TrainConfig) -> Path:
 
 def is_folder(dataset: str) -> bool:
     return bool(dataset) and dataset != "fashion-mnist" and Path(dataset).expanduser().is_dir()
+
+
+def check_branch(file: Path, info: dict) -> None:
+    """Raises ValueError, one sentence, for a checkpoint that training does not go on from."""
+    from . import checkpoint
+
+    if file.name != checkpoint.FILE:
+        raise ValueError(
+            f"--resume {file}: a run goes on in its folder, from its {checkpoint.FILE}; to branch "
+            "off from another checkpoint, copy it to a new folder under that name"
+        )
+    if info.get("unit"):
+        raise ValueError(
+            f"--resume {file.parent}: a cell of engine.ablate, trained on pictures in [0, 1]; "
+            "engine.ablate with the study's --out goes on with it"
+        )
 
 
 def check_free(folder: Path) -> None:

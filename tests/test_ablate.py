@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from engine import ablate, ablation, ablation_report, checkpoint, cli, data, schedules, trainer
+from engine import (
+    ablate,
+    ablation,
+    ablation_report,
+    checkpoint,
+    cli,
+    data,
+    schedules,
+    train,
+    trainer,
+)
 from engine.diffusion import Diffusion
 
 TINY = dict(
@@ -191,6 +201,8 @@ def test_slides_train_on_pictures_between_0_and_1(study, monkeypatch, capsys):
         command = importlib.import_module(f"engine.{name}").command
         assert cli.main(command, [str(cell)]) == 2
         assert "was trained on pictures in [0, 1]" in capsys.readouterr().err
+    assert train.main(["--resume", str(cell), "--steps", "3"]) == 2
+    assert "trained on pictures in [0, 1]" in capsys.readouterr().err
 
 
 def test_published_protocols_build(monkeypatch):

@@ -70,7 +70,7 @@ def test_heun_and_its_usual_steps(run, capsys):
     options = ["run", *SMALL[:-2], "--n", "8", "--metrics", "prc", "--sampler", "heun"]
     assert evaluate.main([*options, "--no-baseline"]) == 0
     assert "sampler: heun with 10 steps" in capsys.readouterr().out  # of 10
-    assert asked_steps(None, "heun", 1000) == 18
+    assert asked_steps(None, "heun", None, 1000) == 18
 
 
 def test_guidance(run, capsys):
@@ -134,6 +134,22 @@ def test_bits_per_dim_is_printed_with_its_parts(run, capsys, monkeypatch):
     assert f"4.5000 ± {error:.4f} (standard error) = prior 0.5 + KL terms 2.2500" in said
     assert "decoder 0.2500; T = 10, 4 test pictures, float32, " in said
     assert Image.open(run / "nll.png").size[0] > 100 and not (run.parent / "kept").exists()
+    assert "terms over t in nll.png" in said
+
+
+def test_checkpoints_of_one_folder_have_terms_of_their_own(run, capsys):
+    assert train.main(["--resume", "run", "--steps", "6", "--keep-every", "2"]) == 0
+    for step in (4, 6):
+        file = f"run/checkpoints/step_00000{step}.safetensors"
+        assert evaluate.main([file, *SMALL, "--metrics", "nll", "--nll-n", "2"]) == 0
+        assert f"terms over t in nll-step_00000{step}.png" in capsys.readouterr().out
+    kept = run / "checkpoints"
+    four, six = (evaluation.terms_of(kept / f"step_00000{step}.safetensors") for step in (4, 6))
+    assert four["vb"] != six["vb"] and (kept / "nll-step_000004.png").is_file()
+    records = json.loads((kept / evaluation.FILE).read_text())
+    assert [r["nll"]["terms"] for r in records] == [four, six]
+    with pytest.raises(ValueError, match="run has no bits/dim yet"):
+        evaluation.terms_of(run)
 
 
 def test_bad_input_is_one_sentence_and_writes_nothing(run, capsys):
@@ -152,9 +168,14 @@ def test_bad_input_is_one_sentence_and_writes_nothing(run, capsys):
         (["run", "--n", "5", "--splits", "4", "--metrics", "is"], "does not make 4 splits"),
         (["run", "--n", "9", "--kid-subset-size", "10"], "less than --kid-subset-size 10"),
         (["run", "--steps", "11"], "more than the 10"),
+        (
+            ["run", "--steps", "2,2", "--sampler", "heun"],
+            "karras spacing, heun's own, takes a number",
+        ),
         (["run", "--steps", "2,9"], "--steps '2,9': section 2 of 2 has 5 of the T=10 steps"),
         (["run", "--eta", "1", "--sampler", "ddpm"], "goes with --sampler ddim only"),
         (["run", "--guidance", "inf"], "--guidance must be a finite number, not inf"),
+        (["run", "--guidance", "2", "--metrics", "nll"], "--guidance guides samples, of which nll"),
         (["run", "--guidance", "2"], "--guidance 2.0 needs a model.*--classes and --label-dropout"),
         (["run", "--features", "inception"], "no Inception weights in .*nothing is downloaded"),
         (["run", "--inception-weights", "gone.pth"], "no Inception weights at gone.pth"),

@@ -204,6 +204,7 @@ def test_labels_and_modes():
     "kwargs, sentence",
     [
         (dict(sampler="euler"), "expected one of ddpm, ddim, dpm"),
+        (dict(sampler="heun", steps="10,5"), "karras spacing takes a number.*spacing 'uniform'"),
         (dict(spacing="even"), "spacing is 'even', expected one of uniform, karras, or None"),
         (dict(sampler="heun", eta=0.5), "heun has none"),
         (dict(s_churn=1.0), "s_churn is 1.0, but ddpm has none: use sampler='heun'"),

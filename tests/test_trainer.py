@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import threading
 from typing import get_args, get_type_hints
@@ -330,7 +331,7 @@ def test_a_killed_run_resumes_from_its_checkpoint(work, monkeypatch):
 
 
 def test_checkpoints_that_stay(work):
-    """Each is what a run that stopped there would have left; it can be sampled and resumed."""
+    """Each is what a run that stopped there would have left. A copy in a new folder goes on."""
     train(config(work, keep_every=2))
     kept = sorted((work / "run" / "checkpoints").iterdir())
     assert [path.name for path in kept] == [f"step_00000{k}.safetensors" for k in (2, 4, 6)]
@@ -342,6 +343,18 @@ def test_checkpoints_that_stay(work):
     assert checkpoint.load(kept[1])[2]["step"] == 4
     train(resumed(work / "run", steps=7, keep_every=0))
     assert len(list((work / "run" / "checkpoints").iterdir())) == 3
+    with pytest.raises(ValueError, match="copy it to a new folder"):
+        train(resumed(kept[1], steps=7))
+    assert len(list((work / "run" / "checkpoints").iterdir())) == 3
+    (work / "branch").mkdir()
+    shutil.copy(kept[1], work / "branch" / checkpoint.FILE)
+    train(resumed(work / "branch", steps=7, keep_every=0))
+    for name, value in weights(work / "run").items():
+        assert torch.equal(weights(work / "branch")[name], value), name
+    shutil.rmtree(work / "run" / "checkpoints")
+    (work / "run" / "checkpoints").touch()
+    with pytest.raises(ValueError, match=r"--keep-every: cannot write.*it is a file"):
+        train(resumed(work / "run", steps=9, keep_every=1))
 
 
 def test_steps_below_those_done_are_refused(work):
