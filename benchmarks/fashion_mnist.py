@@ -2,18 +2,23 @@
 
     python benchmarks/fashion_mnist.py [--out runs/hour]
 
-Improved DDPM (Nichol & Dhariwal 2021: cosine schedule, learned variance, hybrid loss), conditional
-with label dropout: so one model has a likelihood, draws without and with classifier-free guidance.
-Every figure is of a command that anybody can type; log.txt has each one with what it printed.
+Improved DDPM (Nichol & Dhariwal 2021: cosine schedule, learned variance, hybrid loss), but
+predicting v; conditional with label dropout: so one model has a likelihood, and draws without and
+with classifier-free guidance. Every figure is of a command that anybody can type; log.txt has each
+one with what it printed. A study that was stopped goes on with the same command.
 """
 
 import argparse
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from engine import cli
 
 STEPS = 10_800
 TRAIN = (
@@ -27,66 +32,74 @@ SAMPLES, GUIDED = 2000, 256
 SCALES = (0.0, 1.0, 2.0, 3.0, 4.0)
 
 
-class Log:
-    """Runs the engine's commands; keeps what they print, and their seconds."""
+class Study:
+    """Runs the engine's commands; OUT/study.json has of each what it printed, its seconds and its
+    record, so that a study that was stopped goes on."""
 
-    def __init__(self, path: Path):
-        self.path, self.seconds = path, 0.0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
+    def __init__(self, out: Path):
+        self.out, self.path = out, out / "study.json"
+        self.done = json.loads(self.path.read_text()) if self.path.exists() else {}
 
-    def run(self, module: str, *args: object) -> None:
-        command = ["-m", f"engine.{module}", *map(str, args)]
-        print("$ python", *command, flush=True)
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "TQDM_DISABLE": "1"},
+    def run(self, module: str, *args: object) -> dict | None:
+        line = shlex.join(["python", "-m", f"engine.{module}", *map(str, args)])
+        if line not in self.done:
+            print("$", line, flush=True)
+            start = time.perf_counter()
+            if module == "train" and (self.out / "checkpoint.safetensors").exists():
+                args = ("--resume", self.out)  # where it was stopped
+            command = [sys.executable, "-m", f"engine.{module}", *map(str, args)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+                try:
+                    printed = process.stdout.read()
+                except KeyboardInterrupt:  # Ctrl-C reached the training too: let it save
+                    process.wait(60)
+                    raise
+            if process.returncode:
+                raise cli.Failed("the study stopped; the same command goes on", process.returncode)
+            print(printed, flush=True)
+            record = last_record(Path(args[0])) if module == "evaluate" else None
+            seconds = time.perf_counter() - start
+            self.done[line] = {"printed": printed, "seconds": seconds, "record": record}
+            self.path.write_text(json.dumps(self.done) + "\n")
+        return self.done[line]["record"]
+
+    def log(self) -> str:
+        return "\n".join(
+            f"$ {line}\n{d['printed'].strip()}\n[{d['seconds']:.0f} s]\n"
+            for line, d in self.done.items()
         )
-        taken = time.perf_counter() - start
-        self.seconds += taken
-        with self.path.open("a") as file:
-            file.write(f"$ python {' '.join(command)}\n{done.stdout.strip()}\n[{taken:.0f} s]\n\n")
-        if done.returncode:
-            sys.exit(f"{done.stdout}\npython {' '.join(command)} failed")
 
 
-def study(out: Path, results: Path, steps: int, cache: list[str]) -> dict:
-    log = Log(results / "log.txt")
+def study(out: Path, results: Path, steps: int, cache: list[str]) -> tuple[dict, str]:
+    """The figures, and the log."""
+    commands = Study(out)
     keep = steps // 12
-    log.run("train", *TRAIN, "--steps", steps, "--keep-every", keep, "--out", out)
+    commands.run("train", *TRAIN, "--steps", steps, "--keep-every", keep, "--out", out)
     bits = []
     for share in STAGES:
         step, last = round(share * 12) * keep, share == 1
         run = out if last else out / "checkpoints" / f"step_{step:06d}.safetensors"
-        counts = (STAGE_NLL, FINAL_NLL) if last else (STAGE_NLL,)
-        for n in counts:
-            log.run("evaluate", run, "--metrics", "nll", "--nll-n", n)
-            bits.append(last_record(run))
-    figures = ("--n", SAMPLES, *cache)
-    log.run("evaluate", out, "--metrics", "fid,kid,is,prc,agreement", *figures)
-    scored = last_record(out)
+        for n in (STAGE_NLL, FINAL_NLL) if last else (STAGE_NLL,):
+            bits.append(commands.run("evaluate", run, "--metrics", "nll", "--nll-n", n))
+    metrics = "fid,kid,is,prc,agreement"
+    scored = commands.run("evaluate", out, "--metrics", metrics, "--n", SAMPLES, *cache)
     guided = []
     for scale in SCALES:
-        options = ("--metrics", "agreement,is", "--guidance", scale, "--n", GUIDED, "--no-baseline")
-        log.run("evaluate", out, *options, *cache)
-        guided.append(last_record(out))
-    seconds = log.seconds
-    log.run(
+        options = ("--metrics", "agreement", "--guidance", scale, "--n", GUIDED, "--no-baseline")
+        guided.append(commands.run("evaluate", out, *options, *cache))
+    commands.run(
         *("sample", out, "--guidance", 3, "--n", 64, "--out", results / "guided.png"),
         *("--strip", results / "strip.png", "--sampler", "ddpm", "--steps", 250),
     )
+    minutes = sum(done["seconds"] for done in commands.done.values()) / 60
     cores = len(os.sched_getaffinity(0))
     return {
-        "minutes": seconds / 60,
+        "minutes": minutes,
         "cores": cores,
         "bits": bits,
         "scored": scored,
         "guided": guided,
-    }
+    }, commands.log()
 
 
 def last_record(run: Path) -> dict:
@@ -100,8 +113,9 @@ def table(found: dict) -> str:
     sets, real = scored["results"], scored["real"]
     lines = [
         f"{found['minutes']:.0f} minutes on {found['cores']} CPU cores, training and all scoring. "
-        "Class-conditional: samples have all labels in turn, bits/dim is given the label. No "
-        "guidance but in the last table.",
+        "Class-conditional, predicting v: samples have all labels in turn, bits/dim is given the "
+        "label. No guidance but in the last table. ± of KID and IS is the standard deviation over "
+        "subsets and splits.",
         "",
         f"{scored['features']}; n = {scored['n']}, seed {scored['seed']}, "
         f"{scored['settings']['sampler']} with {scored['settings']['steps']} steps; FID and KID "
@@ -113,12 +127,16 @@ def table(found: dict) -> str:
     for name, s in sets.items():
         lines.append(
             f"| {name}, n = {s['n']} | {s['fid']:.2f} | {s['kid']:.4f} ± {s['kid_std']:.4f} "
-            f"| {s['is']:.2f} ± {s['is_std']:.2f} | {s['precision']:.3f} | {s['recall']:.3f} "
-            f"| {s['agreement']:.1%} |"
+            f"| {s['is']:.2f} ± {s['is_std']:.2f} | {s['precision']:.4f} | {s['recall']:.4f} "
+            f"| {s['agreement']:.2%} |"
         )
     lines += [
         "",
-        "| training steps | bits/dim ↓ (± standard error) | test pictures |",
+        "Bits/dim through training, each with the same pictures and noise, so that differences are "
+        "firmer than the ±, the standard error over pictures. The learning rate falls to 0 over "
+        "the last 60 % of the steps.",
+        "",
+        "| training steps | bits/dim ↓ | test pictures |",
         "|---|---|---|",
     ]
     for record in found["bits"]:
@@ -129,15 +147,12 @@ def table(found: dict) -> str:
         )
     lines += [
         "",
-        "| guidance scale | agreement of the classifier with the label ↑ | IS ↑ | samples |",
-        "|---|---|---|---|",
+        "| guidance scale | agreement of the classifier with the label ↑ | samples |",
+        "|---|---|---|",
     ]
     for record in found["guided"]:
         s = record["results"]["samples"]
-        lines.append(
-            f"| {record['settings']['guidance']:g} | {s['agreement']:.1%} "
-            f"| {s['is']:.2f} ± {s['is_std']:.2f} | {s['n']} |"
-        )
+        lines.append(f"| {record['settings']['guidance']:g} | {s['agreement']:.2%} | {s['n']} |")
     return "\n".join(lines) + "\n"
 
 
@@ -161,24 +176,41 @@ def plot(found: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/hour"))
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/fashion-mnist"))
-    parser.add_argument("--steps", type=int, default=STEPS)
+def command(args: list[str] | None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/hour"), help="folder of the run (%(default)s)"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("benchmarks/results/fashion-mnist"),
+        help="folder of tables, log and pictures (%(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=STEPS,
+        help="training steps, a multiple of 12: 1, 3, 6 and 12 twelfths are scored (%(default)s)",
+    )
     parser.add_argument("--cache", help="folder of the classifier, as for engine.evaluate")
-    config = parser.parse_args()
+    config = parser.parse_args(args)
     if config.steps < 12 or config.steps % 12:
-        parser.error(f"--steps {config.steps} must be a multiple of 12: its twelfths are scored")
+        raise ValueError(
+            f"--steps {config.steps} must be a multiple of 12: its twelfths are scored"
+        )
+    cli.make_writable(config.results, "--results")
     cache = ["--cache", config.cache] if config.cache else []
-    found = study(config.out, config.results, config.steps, cache)
+    found, log = study(config.out, config.results, config.steps, cache)
+    (config.results / "log.txt").write_text(log)
     (config.results / "study.json").write_text(json.dumps(found, indent=1) + "\n")
     (config.results / "study.md").write_text(table(found))
-    metrics = (config.out / "metrics.jsonl").read_text()
-    (config.results / "metrics.jsonl").write_text(metrics)
+    shutil.copy(config.out / "metrics.jsonl", config.results / "metrics.jsonl")
     plot(found, config.results / "study.png")
     print(table(found))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.main(command))
