@@ -14,6 +14,7 @@ IMPLS = ("auto", "eager", "native", "triton")
 # never a choice of `auto`. On CUDA, `auto` passes over what has not proved right on that GPU.
 ORDER = {
     "group_norm_silu": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
+    "rms_norm_silu": {"cpu": ("native", "eager"), "cuda": ("triton", "eager")},
     "attention": {"cpu": ("eager",), "cuda": ("triton", "eager")},
     "reverse_step": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
     "forward_noise": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
@@ -95,6 +96,8 @@ def _import(op: str, backend: str):
         from .kernels import eager as found
     elif op == "group_norm_silu":
         from .kernels import group_norm_silu as found
+    elif op == "rms_norm_silu":
+        from .kernels import rms_norm_silu as found
     elif op == "attention":
         from .kernels import attention as found
     elif op == "reverse_step":
