@@ -98,10 +98,13 @@ def check(impl, inputs, variant=EVERYTHING, *, dy_layout="contiguous", eps=1e-12
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(impl, shape, layout, dtype):
-    inputs = make_inputs(SHAPES[shape], dtype)
+    size = SHAPES[shape]
+    if (shape, impl) == ("pieces", "triton"):
+        size = (1, 48, 11, 13)  # pieces are the CPU's
+    inputs = make_inputs(size, dtype)
     inputs["x"] = as_layout(inputs["x"], layout)
     y = check(impl, inputs, dy_layout=layout)
-    if len(SHAPES[shape]) >= 4 and impl != "eager":
+    if len(size) >= 4 and impl != "eager":
         assert y.stride() == torch.empty_like(inputs["x"]).stride()
 
 
@@ -166,6 +169,7 @@ def test_zero_vectors_have_the_gradient_of_normalize(impl, layout, dtype):
         assert_within_budget(*results, factor=GRADIENT, what=f"d{name}")
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # Triton's interpreter is NumPy
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_float16_zero_vectors(impl, layout):
     """Where eps is 0 in the dtype, the kernels still know it; PyTorch's 0 / 0 is NaN."""
@@ -202,6 +206,7 @@ def test_large_and_small_values(impl, layout, dtype):
         assert_within_budget(grad, true_grads[name], near, factor=GRADIENT, what=f"d{name}")
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_bad_pixel_stays_alone(impl, layout, bad):
@@ -344,10 +349,10 @@ def tiles(monkeypatch):
 @pytest.mark.parametrize("channels", [20, 37])
 def test_triton_walks_over_channels_that_no_tile_holds(tiles, layout, channels, dtype):
     last = layout == "channels_last"
-    plan = tiles(LIMIT={"fwd": 16, "bwd": 16}, WALK=16 if last else 128)
-    inputs = make_inputs((2, channels, 2, 3), dtype)
+    plan = tiles(LIMIT={"fwd": 16, "bwd": 16}, WALK=16 if last else 64)
+    inputs = make_inputs((2, channels, 1, 3), dtype)
     inputs["x"] = as_layout(inputs["x"], layout)
-    assert plan("bwd", channels, 6, inputs["x"].element_size(), (last, last)).chunks > 1
+    assert plan("bwd", channels, 3, inputs["x"].element_size(), (last, last)).chunks > 1
     check("triton", inputs, dy_layout=layout)
 
 
