@@ -180,6 +180,10 @@ def evidence(op: str, backend: str, device: torch.device) -> str:
     return "not yet proved right on this kind of GPU: `make test` on it does, then auto may take it"
 
 
+def _lacks_native(op: str, device: str) -> bool:
+    return op == "attention" or (op == "rms_norm_silu" and device != "cpu")
+
+
 def pick(op: str, impl: str, *args) -> str:
     """The name of the back end that serves this call.
 
@@ -187,7 +191,7 @@ def pick(op: str, impl: str, *args) -> str:
     not refuse. ENGINE_BACKEND is a request too, except for ops which that back end does not have.
     """
     explicit = requested(impl)
-    if explicit == "native" and op == "attention" and impl == "auto":
+    if explicit == "native" and impl == "auto" and _lacks_native(op, args[0].device.type):
         explicit = "auto"
     if explicit == "auto":
         device = args[0].device

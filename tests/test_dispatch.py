@@ -53,6 +53,14 @@ def test_proved_on_this_gpu(file, op):
     assert list(json.loads(file.read_text())[GPU][op]) == ["triton"]
 
 
+def test_asking_for_native_by_name_leaves_ops_that_it_lacks(file, monkeypatch):
+    monkeypatch.setenv("ENGINE_BACKEND", "native")
+    for op in OPS:
+        expected = "eager" if op in conftest.NO_CUDA_KERNEL else "native"
+        assert dispatch.pick(op, "auto", OnGpu()) == expected, op
+        assert dispatch.pick(op, "native", OnGpu()) == "native", op
+
+
 class OnGpuHeads(OnGpu):
     shape = (2, 8, 1024, 64)
 
