@@ -1,9 +1,9 @@
 """Every op on a GPU, case by case, into <results>/<device>.json: pytest benchmarks --gpu.
 
-The cases stand in gpu_group_norm.py, gpu_attention.py and gpu_diffusion.py, the method in
-gpu_measure.py. Headline cases come first, then the sections take turns, so that a run that its time
-budget cuts short has something of everything. A process that dies is followed by another one
-(gpu.py), which leaves out what is in the file already and what killed the first.
+The cases stand in gpu_group_norm.py, gpu_rms_norm.py, gpu_attention.py and gpu_diffusion.py, the
+method in gpu_measure.py. Headline cases come first, then the sections take turns, so that a run
+that its time budget cuts short has something of everything. A process that dies is followed by
+another one (gpu.py), which leaves out what is in the file already and what killed the first.
 """
 
 import itertools
@@ -12,6 +12,7 @@ import time
 import gpu_attention
 import gpu_diffusion
 import gpu_group_norm
+import gpu_rms_norm
 import pytest
 from gpu_anchors import anchors
 from gpu_measure import OURS, DeviceLost, failure, measure
@@ -21,7 +22,8 @@ LOST = 75  # exit status: the GPU or this process's hold on it is gone, another 
 
 
 def all_cases(device, mode: str) -> list:
-    lists = [m.cases(device, mode) for m in (gpu_group_norm, gpu_attention, gpu_diffusion)]
+    modules = gpu_group_norm, gpu_attention, gpu_diffusion, gpu_rms_norm
+    lists = [module.cases(device, mode) for module in modules]
     found = list(itertools.chain(*lists))
     headline = [case for case in found if case.headline]
     if mode == "quick":

@@ -161,7 +161,7 @@ def both(function, one):
 PREPARE = {"fwd": forward, "bwd": backward, "fwdbwd": both}
 
 
-def truth(direction, one):
+def truth(exact, direction, one):
     operands, dy = one
 
     def double(t):
@@ -174,8 +174,8 @@ def truth(direction, one):
     return y if direction == "fwd" else torch.autograd.grad(y, leaves(operands), dy.double())
 
 
-def compiled(device, mode, prepare, one):
-    return prepare(device.compile(eager, mode), one)
+def compiled(device, mode, prepare, function, one):
+    return prepare(device.compile(function, mode), one)
 
 
 def case(device, name, shape, also, variant, layout, dtype, direction, mode) -> Case:
@@ -184,9 +184,9 @@ def case(device, name, shape, also, variant, layout, dtype, direction, mode) -> 
     headline = (name, layout, direction) in HEADLINE and not variant and dtype == "bf16"
     contenders = {impl: partial(prepare, partial(ours, impl)) for impl in ("triton", "native")}
     contenders["eager"] = partial(prepare, eager)
-    contenders["compile"] = partial(compiled, device, None, prepare)
+    contenders["compile"] = partial(compiled, device, None, prepare, eager)
     if mode == "full":
-        contenders["compile-max"] = partial(compiled, device, AUTOTUNE, prepare)
+        contenders["compile-max"] = partial(compiled, device, AUTOTUNE, prepare, eager)
     if name in BLOCKED and direction != "fwdbwd":  # last: should it hang, the rest is known
         contenders["blocked"] = blocked_fwd if direction == "fwd" else blocked_bwd
     n, c, h, w = shape
@@ -209,7 +209,7 @@ def case(device, name, shape, also, variant, layout, dtype, direction, mode) -> 
         partial(inputs, device, shape, also, DTYPES[dtype], layout, grad),
         contenders,
         partial(prepare, eager),
-        partial(truth, direction),
+        partial(truth, exact, direction),
         grad=grad,
         headline=headline,
     )

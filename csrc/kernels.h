@@ -79,6 +79,47 @@ bool group_norm_silu_bwd_blocked_cuda(const GroupNormSilu& p, const void* dy, bo
                                       const GroupNormSiluGrads& grads, const Allocate& allocate,
                                       void* stream);
 
+// y = act(x / max(|x|, eps) * sqrt(C) * weight * (1 + scale) + shift), |x| the 2-norm of a pixel's
+// channels.
+struct RmsNormSilu {
+  int64_t N, C, S;
+  float eps;           // at least 1e-18, below which float squares underflow
+  bool silu;           // act is SiLU; else the identity
+  bool channels_last;  // x (and y, dx) are (N, S, C) in memory; else (N, C, S)
+  DType dtype;         // of x, y, dy, dx
+  const void* x;
+  Operand weight;        // (C,)
+  Operand scale, shift;  // (N, C)
+};
+
+// Gradients of the forward. Every pointer but dx may be null: not wanted.
+struct RmsNormSiluGrads {
+  void* dx;        // dtype, shape and layout of x
+  float* dweight;  // (C,)
+  float* dscale;   // (N, C) contiguous, like dshift
+  float* dshift;
+};
+
+// rstd: (N, S) float32, sqrt(C) / max(|x|, eps), negative where |x| < eps: there the gradient takes
+// it for a constant.
+void rms_norm_silu_fwd_cpu(const RmsNormSilu& p, void* y, float* rstd,
+                           const ParallelFor& parallel_for);
+
+// A sample is cut into pieces of so many positions; what is summed where follows from the shape.
+inline int64_t rms_norm_silu_piece(const RmsNormSilu& p) {
+  if (p.N >= 32 || p.N * p.C * p.S <= 65536) return p.S;
+  const int64_t piece = (16384 / p.C / 128 + 1) * 128;  // whole vectors
+  return piece < p.S ? piece : p.S;
+}
+inline int64_t rms_norm_silu_pieces(const RmsNormSilu& p) {
+  const int64_t piece = rms_norm_silu_piece(p);
+  return (p.S + piece - 1) / piece;
+}
+// workspace: (N, pieces, 2, C) float32, sums over a piece of (dv, dv * xhat) per (n, c).
+void rms_norm_silu_bwd_cpu(const RmsNormSilu& p, const void* dy, bool dy_channels_last,
+                           const float* rstd, float* workspace, const RmsNormSiluGrads& grads,
+                           const ParallelFor& parallel_for);
+
 // The noise contract (csrc/philox.h): element i of a contiguous tensor takes the normal number
 // offset + i of (seed, step, stream_id). seed and step are read from memory by the kernel, so that
 // a captured launch can be replayed with other values.

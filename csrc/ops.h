@@ -132,6 +132,25 @@ inline const int64_t* scalar_int64(const Tensor& t, const Tensor& x, const char*
   return static_cast<const int64_t*>(t.data_ptr());
 }
 
+// A small operand, (C,) or (N, C); the second may have any row stride.
+inline Operand per_channel(const OptionalTensor& t, const Tensor& x, int64_t C, const char* name) {
+  if (!t) return {};
+  check_device(*t, x, name);
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == C, name, " must have shape (C,), C = ", C);
+  STD_TORCH_CHECK(C == 1 || t->stride(0) == 1, name, " must be contiguous");
+  return {t->data_ptr(), 0, dtype_of(*t, name)};
+}
+
+inline Operand per_sample(const OptionalTensor& t, const Tensor& x, int64_t N, int64_t C,
+                          const char* name) {
+  if (!t) return {};
+  check_device(*t, x, name);
+  STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == N && t->size(1) == C, name,
+                  " must have shape (N, C) = (", N, ", ", C, ")");
+  STD_TORCH_CHECK(C == 1 || t->stride(1) == 1, name, " must have stride 1 along C");
+  return {t->data_ptr(), t->stride(0), dtype_of(*t, name)};
+}
+
 // ---- Allocation ---------------------------------------------------------------------------------
 
 // new_empty's shim is the cheapest allocation that torch's deterministic fill still reaches.

@@ -10,24 +10,6 @@
 namespace engine::ops {
 namespace {
 
-engine::Operand per_channel(const OptionalTensor& t, const Tensor& x, int64_t C, const char* name) {
-  if (!t) return {};
-  check_device(*t, x, name);
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == C, name, " must have shape (C,), C = ", C);
-  STD_TORCH_CHECK(C == 1 || t->stride(0) == 1, name, " must be contiguous");
-  return {t->data_ptr(), 0, dtype_of(*t, name)};
-}
-
-engine::Operand per_sample(const OptionalTensor& t, const Tensor& x, int64_t N, int64_t C,
-                           const char* name) {
-  if (!t) return {};
-  check_device(*t, x, name);
-  STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == N && t->size(1) == C, name,
-                  " must have shape (N, C) = (", N, ", ", C, ")");
-  STD_TORCH_CHECK(C == 1 || t->stride(1) == 1, name, " must have stride 1 along C");
-  return {t->data_ptr(), t->stride(0), dtype_of(*t, name)};
-}
-
 // (N, C, *S) like x, which has fewer channels.
 Tensor allocate_channels(const Tensor& x, int64_t C, bool channels_last) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());

@@ -14,6 +14,7 @@ IMPLS = ("auto", "eager", "native", "triton")
 # never a choice of `auto`. On CUDA, `auto` passes over what has not proved right on that GPU.
 ORDER = {
     "group_norm_silu": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
+    "rms_norm_silu": {"cpu": ("native", "eager"), "cuda": ("triton", "eager")},
     "attention": {"cpu": ("eager",), "cuda": ("triton", "eager")},
     "reverse_step": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
     "forward_noise": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
@@ -95,6 +96,8 @@ def _import(op: str, backend: str):
         from .kernels import eager as found
     elif op == "group_norm_silu":
         from .kernels import group_norm_silu as found
+    elif op == "rms_norm_silu":
+        from .kernels import rms_norm_silu as found
     elif op == "attention":
         from .kernels import attention as found
     elif op == "reverse_step":
@@ -177,6 +180,10 @@ def evidence(op: str, backend: str, device: torch.device) -> str:
     return "not yet proved right on this kind of GPU: `make test` on it does, then auto may take it"
 
 
+def _lacks_native(op: str, device: str) -> bool:
+    return op == "attention" or (op == "rms_norm_silu" and device != "cpu")
+
+
 def pick(op: str, impl: str, *args) -> str:
     """The name of the back end that serves this call.
 
@@ -184,7 +191,7 @@ def pick(op: str, impl: str, *args) -> str:
     not refuse. ENGINE_BACKEND is a request too, except for ops which that back end does not have.
     """
     explicit = requested(impl)
-    if explicit == "native" and op == "attention" and impl == "auto":
+    if explicit == "native" and impl == "auto" and _lacks_native(op, args[0].device.type):
         explicit = "auto"
     if explicit == "auto":
         device = args[0].device

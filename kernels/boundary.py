@@ -4,6 +4,8 @@
 `engine_triton`) register the same ops, so that torch.compile sees one opaque node per call.
 """
 
+import math
+
 import torch
 
 NATIVE, TRITON = "engine", "engine_triton"
@@ -19,6 +21,14 @@ SCHEMAS = {
         "Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, int num_groups, bool silu) -> "
         "(Tensor dx, Tensor dx2, Tensor dweight, Tensor dbias, Tensor dadd, Tensor dscale, "
         "Tensor dshift)"
+    ),
+    "rms_norm_silu_fwd": (
+        "(Tensor x, Tensor? weight, Tensor? scale, Tensor? shift, float eps, bool silu) -> "
+        "(Tensor y, Tensor rstd)"
+    ),
+    "rms_norm_silu_bwd": (
+        "(Tensor dy, Tensor x, Tensor? weight, Tensor? scale, Tensor? shift, Tensor rstd, "
+        "bool silu) -> (Tensor dx, Tensor dweight, Tensor dscale, Tensor dshift)"
     ),
     "attention_fwd": "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor lse)",
     "attention_bwd": (
@@ -95,6 +105,11 @@ def empty_like_pair(x: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
 
 
+def eps_refusals(eps: float) -> list[str]:
+    """Why rms_norm_silu's kernels do not take this eps: beside it squares must not underflow."""
+    return [] if eps >= 1e-18 else [f"needs eps >= 1e-18 (its square in float32), got {eps}"]
+
+
 # Order of the channels, slowest first → the permutation to (3, N, heads, S, D) of
 # (N, S, <the three>).
 _QKV = {"3hd": (2, 0, 3, 1, 4), "h3d": (3, 0, 2, 1, 4), "hd3": (4, 0, 2, 1, 3)}
@@ -150,6 +165,19 @@ def _group_norm_silu_bwd(
 
 def _group_norm_silu_bwd_strict(*args):
     return _group_norm_silu_bwd(*args[:-1])
+
+
+def _rms_norm_silu_fwd(x, weight, scale, shift, eps, silu):
+    rstd = x.new_empty((x.shape[0], math.prod(x.shape[2:])), dtype=torch.float32)
+    return torch.empty_like(x), rstd
+
+
+def _rms_norm_silu_bwd(dy, x, weight, scale, shift, rstd, silu):
+    def grad(operand):  # absent operands have gradients of shape (0,)
+        shape = (0,) if operand is None else operand.shape
+        return x.new_empty(shape, dtype=torch.float32)
+
+    return torch.empty_like(x), grad(weight), grad(scale), grad(shift)
 
 
 def _attention_fwd(q, k, v, scale):
@@ -210,6 +238,8 @@ FAKES = {
     "group_norm_silu_fwd_blocked": _group_norm_silu_fwd_strict,
     "group_norm_silu_bwd": _group_norm_silu_bwd,
     "group_norm_silu_bwd_blocked": _group_norm_silu_bwd_strict,
+    "rms_norm_silu_fwd": _rms_norm_silu_fwd,
+    "rms_norm_silu_bwd": _rms_norm_silu_bwd,
     "attention_fwd": _attention_fwd,
     "attention_bwd": _attention_bwd,
     "attention_qkv_fwd": _attention_qkv_fwd,

@@ -33,6 +33,27 @@ def group_norm_silu(x, x2, weight, bias, add, scale, shift, num_groups, eps, sil
     return (F.silu(h) if silu else h).to(x.dtype)  # CUDA's autocast computes norms in float32
 
 
+def rms_norm_silu(x, weight, scale, shift, eps, silu) -> Tensor:
+    """normalize, the gain, the conditioning, silu: each in x.dtype.
+
+    In float16, as there, an eps below 6e-8 is 0 and a zero vector's result NaN.
+    """
+
+    def cast(t: Tensor, *shape: int) -> Tensor:
+        return t.to(x.dtype).reshape(*shape, *[1] * (x.dim() - 2))
+
+    n, c = x.shape[:2]
+    h = F.normalize(x, dim=1, eps=eps)
+    if weight is not None:
+        h = h * cast(weight, 1, c)
+    h = h * math.sqrt(c)
+    if scale is not None:
+        h = h * (1 + cast(scale, n, c))
+    if shift is not None:
+        h = h + cast(shift, n, c)
+    return (F.silu(h) if silu else h).to(x.dtype)  # CUDA's autocast computes norms in float32
+
+
 def attention(q, k, v, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 

@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .boundary import NATIVE, mixed, register_fakes
+from .boundary import NATIVE, eps_refusals, mixed, register_fakes
 
 OPS = (
     "group_norm_silu_fwd",
     "group_norm_silu_bwd",
+    "rms_norm_silu_fwd",
+    "rms_norm_silu_bwd",
     "reverse_step_fwd",
     "reverse_step_general_fwd",
     "reverse_step_threshold_fwd",
@@ -20,7 +22,8 @@ OPS = (
     "forward_noise_loss_bwd",
     "noise_fwd",
 )
-CPU_OPS = ("forward_noise_loss_grad_fwd",)  # CUDA tensors have no kernel of it
+# CUDA tensors have no kernel of them.
+CPU_OPS = ("rms_norm_silu_fwd", "rms_norm_silu_bwd", "forward_noise_loss_grad_fwd")
 # GPUs, by name, where test_clusters (tests/test_group_norm_silu_plan.py) passed;
 # there large contiguous groups take it. No GPU has run it yet: it is compiled, and not taken.
 CLUSTERS: tuple[str, ...] = ()
@@ -73,6 +76,8 @@ def refusals(op: str, *args) -> list[str]:
     if not args[0].is_cpu:
         if not args[0].is_cuda:
             return [f"needs a CPU or CUDA tensor, got {args[0].device.type}"]
+        if f"{op}_fwd" in CPU_OPS:
+            return [f"has no {op} kernel for CUDA tensors: triton has"]
         if not has_cuda():
             return ["was built without CUDA (no toolkit with nvcc was found then)"]
     for t in args:
@@ -80,6 +85,8 @@ def refusals(op: str, *args) -> list[str]:
             return [f"needs float32, bfloat16 or float16, got {t.dtype}"]
     if op == "group_norm_silu" and args[1] is not None:
         return pair_refusals(args[0], args[1])
+    if op == "rms_norm_silu":
+        return eps_refusals(args[4])
     return []
 
 
@@ -160,6 +167,29 @@ def group_norm_silu_bwd(
     if BLOCKED and x.is_cuda and _proven(x.device)[1]:
         return torch.ops.engine.group_norm_silu_bwd_blocked.default(*args, False)
     return torch.ops.engine.group_norm_silu_bwd.default(*args)
+
+
+def rms_norm_silu_fwd(
+    x: Tensor,  # (N, C, *S) dense contiguous or channels_last
+    weight: Tensor | None,  # (C,)
+    scale: Tensor | None,  # (N, C) any row stride, like shift
+    shift: Tensor | None,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:  # y like x; rstd (N, S) float32
+    return torch.ops.engine.rms_norm_silu_fwd.default(x, weight, scale, shift, eps, silu)
+
+
+def rms_norm_silu_bwd(
+    dy: Tensor,  # (N, C, *S), either layout
+    x: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    rstd: Tensor,  # (N, S) float32
+    silu: bool,
+) -> tuple[Tensor, ...]:  # dx, dweight, dscale, dshift; (0,) for an absent operand
+    return torch.ops.engine.rms_norm_silu_bwd.default(dy, x, weight, scale, shift, rstd, silu)
 
 
 def reverse_step_fwd(

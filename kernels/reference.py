@@ -45,6 +45,35 @@ def group_norm_silu(
     return v * torch.sigmoid(v) if silu else v
 
 
+def rms_norm_silu(
+    x: Tensor,  # (N, C, *S)
+    weight: Tensor | None,  # (C,)
+    *,
+    eps: float = 1e-12,
+    scale: Tensor | None = None,  # (N, C)
+    shift: Tensor | None = None,  # (N, C)
+    silu: bool = True,
+) -> Tensor:
+    """y = act(x / max(|x|, eps) · √C · weight · (1 + scale) + shift), |x| = (Σ_c x²)^½ of a pixel.
+
+    x / |x| · √C is x over its root mean square along the channels (Zhang & Sennrich 2019, eq. 4);
+    where |x| < eps, eps is a constant of the derivative too, and that of |x| at 0 is 0.
+    """
+    n, c = x.shape[:2]
+    per_channel = (n, c, *[1] * (x.dim() - 2))
+    squares = (x * x).sum(1, keepdim=True)
+    clamped = squares.detach().sqrt() < eps
+    norm = torch.where(clamped, eps, torch.where(clamped, 1.0, squares).sqrt())
+    v = x / norm * math.sqrt(c)
+    if weight is not None:
+        v = v * weight.reshape(1, c, *per_channel[2:])
+    if scale is not None:
+        v = v * (1 + scale.reshape(per_channel))
+    if shift is not None:
+        v = v + shift.reshape(per_channel)
+    return v * torch.sigmoid(v) if silu else v
+
+
 def attention(
     q: Tensor,  # (N, heads, S, D)
     k: Tensor,  # (N, heads, Sk, D)

@@ -89,6 +89,7 @@ def triton_ends():
         group_norm_silu_bwd_large,
         group_norm_silu_plan,
         noise,
+        rms_norm_silu,
     )
     from engine.kernels import reverse_step as step
     from triton.runtime import interpreter
@@ -120,6 +121,8 @@ def triton_ends():
         "ends": partial(setattr, run_ends, "count"),
         "fwd": group_norm_silu.group_norm_silu_fwd,
         "bwd": group_norm_silu.group_norm_silu_bwd,
+        "rms_fwd": rms_norm_silu.rms_norm_silu_fwd,
+        "rms_bwd": rms_norm_silu.rms_norm_silu_bwd,
         "noise": noise.noise_fwd,
         "step": step.reverse_step_fwd,
         "attention": attention.attention_fwd,
@@ -174,6 +177,19 @@ def native_ends(library: str):
         g = module.group_norm_silu_bwd(d, d_last, a, last, present(operands), *stats, silu, units)
         return tensor(g["x"], last), None, *(torch.from_numpy(g[k]) for k in names)
 
+    def rms_fwd(x, weight, scale, shift, eps, silu):
+        a, last = array(x)
+        given = {"scale": scale.numpy(), "shift": shift.numpy()}
+        y, rstd = module.rms_norm_silu_fwd(a, last, given, eps, silu, units)
+        return tensor(y, last), torch.from_numpy(rstd)
+
+    def rms_bwd(dy, x, weight, scale, shift, rstd, silu):
+        (d, d_last), (a, last) = array(dy), array(x)
+        given = {"scale": scale.numpy(), "shift": shift.numpy()}
+        g = module.rms_norm_silu_bwd(d, d_last, a, last, given, rstd.numpy(), silu, units)
+        grads = (torch.from_numpy(g[k]) for k in ("weight", "scale", "shift"))
+        return tensor(g["x"], last), *grads
+
     def noise(out, seed, step, stream, offset):
         module.noise(out.numpy(), seed.item(), step.item(), stream, offset, elements)
 
@@ -184,7 +200,8 @@ def native_ends(library: str):
         rest = (coeffs.numpy(), *key, z, z_last, clip, offset, elements)
         return tensor(module.reverse_step_fwd(a, last, b, b_last, *rest), last)
 
-    return {"ends": int, "fwd": fwd, "bwd": bwd, "noise": noise, "step": step}
+    norms = {"fwd": fwd, "bwd": bwd, "rms_fwd": rms_fwd, "rms_bwd": rms_bwd}
+    return {"ends": int, **norms, "noise": noise, "step": step}
 
 
 # ---- The cases ----------------------------------------------------------------------------------
@@ -238,6 +255,26 @@ def norm(ops, n, c, s, groups, last=False, dy_last=None, whole=True, second=0) -
     truths = (r * (gain * A - (s * S1 + X * S2) / count), B, A)
     for name, got, truth in zip(("dadd", "dscale", "dshift"), grads[2:], truths, strict=True):
         close(name, got[-1, -channels:], truth.view(-1), 1e-3)
+
+
+def rms(ops, n, c, s, last=False, dy_last=None) -> None:
+    """But for the end of the last sample, x and dy are zero."""
+    x, dy = image(n, c, s, last), image(n, c, s, last if dy_last is None else dy_last)
+    scale, shift = reserve(n, c), reserve(n, c)
+    for i, t in enumerate((tail(x), tail(dy), scale[-1:], shift[-1:])):
+        fill(t, i)
+    leaves = [tail(x), *(t[-1:] for t in (scale, shift))]
+    leaves = [t.double().requires_grad_() for t in leaves]
+    truth = reference.rms_norm_silu(leaves[0], None, scale=leaves[1], shift=leaves[2])
+    grads = torch.autograd.grad(truth, leaves, tail(dy).double())
+    y, rstd = ops["rms_fwd"](x, None, scale, shift, 1e-12, True)
+    close("y", tail(y), truth.detach(), 4e-3)
+    norms = leaves[0].detach().norm(dim=1).flatten()
+    close("rstd", rstd[-1, -TAIL:] * norms, torch.full_like(norms, c**0.5), 1e-5)
+    dx, _, dscale, dshift = ops["rms_bwd"](dy, x, None, scale, shift, rstd, True)
+    close("dx", tail(dx), grads[0], 4e-3)
+    close("dscale", dscale[-1, -2:], grads[1][-1, -2:], 1e-3)
+    close("dshift", dshift[-1, -2:], grads[2][-1, -2:], 1e-3)
 
 
 def noise(ops) -> None:
@@ -314,6 +351,10 @@ CASES = {
     "wide sample, channels_last dy": (2, partial(norm, **WIDE, dy_last=True)),
     # N·C > 2³⁰ sums: the third plane of them begins past 2³¹.
     "planes of sums": (2, partial(norm, n=32, c=2**25 + 64, s=1, groups=2**24 + 32)),
+    "RMS norm": (2, partial(rms, n=2**16 + 1, c=64, s=512)),
+    "RMS norm, channels_last": (2, partial(rms, n=2**16 + 1, c=64, s=512, last=True)),
+    "RMS norm, channels_last dy": (2, partial(rms, n=2**16 + 1, c=64, s=512, dy_last=True)),
+    "RMS norm, walk": (1, partial(rms, n=2**15 + 1, c=2**13 + 8, s=8)),
     "noise": (2, partial(noise)),
     "step": (2, partial(step, n=65537, c=8, s=4096)),
     "step, mixed layouts": (2, partial(step, n=65537, c=8, s=4096, last=True, drawn=False)),
@@ -325,6 +366,7 @@ CASES = {
 # CPU clears, and statistics that a program in the middle of Triton's grid saves.
 LEFT_OUT = {
     "native": (
+        "RMS norm, walk",
         "batch of pairs",
         "batch of pairs, channels_last",
         "long rows",
@@ -344,7 +386,8 @@ def run(backend: str, library: str | None, names: list[str]) -> None:
     torch.set_num_threads(1)
     for name in names:
         (ends, case), report, start = CASES[name], {"case": name}, time.perf_counter()
-        if name in LEFT_OUT[backend] or (case.func is attend and "attention" not in ops):
+        missing = {attend: "attention", rms: "rms_fwd"}.get(case.func, "fwd") not in ops
+        if name in LEFT_OUT[backend] or missing:
             continue
         ops["ends"](ends)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -104,6 +104,42 @@ py::dict group_norm_silu_bwd(const py::array& dy, bool dy_channels_last, const p
   return result;
 }
 
+engine::RmsNormSilu rms_params(const py::array& x, bool channels_last, py::dict operands, float eps,
+                               bool silu) {
+  const auto g = params(x, channels_last, operands, 1, eps, silu);
+  engine::RmsNormSilu p{g.N, g.C, g.S, eps, silu, channels_last, g.dtype, g.x};
+  p.weight = g.weight, p.scale = g.scale, p.shift = g.shift;
+  return p;
+}
+
+py::tuple rms_norm_silu_fwd(const py::array& x, bool channels_last, py::dict operands, float eps,
+                            bool silu, int threads) {
+  const auto p = rms_params(x, channels_last, operands, eps, silu);
+  py::array y = like(x);
+  py::array_t<float> rstd({p.N, p.S});
+  engine::rms_norm_silu_fwd_cpu(p, y.mutable_data(), rstd.mutable_data(), threads_of(threads));
+  return py::make_tuple(y, rstd);
+}
+
+py::dict rms_norm_silu_bwd(const py::array& dy, bool dy_channels_last, const py::array& x,
+                           bool channels_last, py::dict operands, py::array_t<float> rstd,
+                           bool silu, int threads) {
+  const auto p = rms_params(x, channels_last, operands, 1.0f, silu);
+  py::array dx = like(x);
+  py::array_t<float> dweight(p.C), dscale({p.N, p.C}), dshift({p.N, p.C});
+  std::vector<float> workspace(p.N * engine::rms_norm_silu_pieces(p) * 2 * p.C);
+  const engine::RmsNormSiluGrads grads{dx.mutable_data(), dweight.mutable_data(),
+                                       dscale.mutable_data(), dshift.mutable_data()};
+  engine::rms_norm_silu_bwd_cpu(p, dy.data(), dy_channels_last, rstd.data(), workspace.data(),
+                                grads, threads_of(threads));
+  py::dict result;
+  result["x"] = dx;
+  result["weight"] = dweight;
+  result["scale"] = dscale;
+  result["shift"] = dshift;
+  return result;
+}
+
 void noise(py::array out, int64_t seed, int64_t step, uint32_t stream, int64_t offset,
            int threads) {
   engine::noise_cpu(out.mutable_data(), dtype_of(out), out.size(), &seed, &step, stream, offset,
@@ -195,6 +231,8 @@ py::tuple reverse_step_general_fwd(py::dict operands, bool last, py::array_t<flo
 PYBIND11_MODULE(native_module, m) {
   m.def("group_norm_silu_fwd", &group_norm_silu_fwd);
   m.def("group_norm_silu_bwd", &group_norm_silu_bwd);
+  m.def("rms_norm_silu_fwd", &rms_norm_silu_fwd);
+  m.def("rms_norm_silu_bwd", &rms_norm_silu_bwd);
   m.def("noise", &noise);
   m.def("scalar_noise", &scalar_noise);
   m.def("philox_words", &philox_words);

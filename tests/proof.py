@@ -17,6 +17,7 @@ def sources(op: str, backend: str) -> list[Path]:
     if backend == "triton":
         names = {"triton_base.py", "boundary.py"}
         names |= {
+            "rms_norm_silu": {"group_norm_silu_tiles.py"},
             "reverse_step": {"noise.py"},
             "forward_noise": {"noise.py", "reverse_step.py", "reverse_step_general.py"},
         }.get(op, set())

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import proof
 import pytest
 import torch
@@ -50,6 +51,14 @@ def test_proved_on_this_gpu(file, op):
     assert dispatch.pick(op, "auto", OnGpu()) == "triton"
     assert "passed 9 cases on this kind of GPU" in dispatch.table(op, OnGpu())
     assert list(json.loads(file.read_text())[GPU][op]) == ["triton"]
+
+
+def test_asking_for_native_by_name_leaves_ops_that_it_lacks(file, monkeypatch):
+    monkeypatch.setenv("ENGINE_BACKEND", "native")
+    for op in OPS:
+        expected = "eager" if op in conftest.NO_CUDA_KERNEL else "native"
+        assert dispatch.pick(op, "auto", OnGpu()) == expected, op
+        assert dispatch.pick(op, "native", OnGpu()) == "native", op
 
 
 class OnGpuHeads(OnGpu):
@@ -110,7 +119,7 @@ def test_sources(op):
             r"^from \.(\w+) import|^from \. import (\w+)", file.read_text(), re.M
         ):
             assert file.with_name(f"{''.join(name)}.py") in files, (file, name)
-    if op != "attention":
+    if op not in conftest.NO_CUDA_KERNEL:
         native = {path.name for path in proof.sources(op, "native")}
         assert {f"{op}.cu", f"ops_{op}.cpp", "launch.h", "ops.h", "ops.cpp", "philox.h"} <= native
 

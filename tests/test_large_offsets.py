@@ -110,6 +110,14 @@ def norm(shape, groups, last=False):
     group_norm_silu.group_norm_silu_bwd(x, x, *operands, stats, stats, groups, True)
 
 
+def rms(*shape, last=False):
+    from engine.kernels import rms_norm_silu
+
+    x, operands = meta(*shape, last=last), (meta(shape[1]), *[meta(*shape[:2])] * 2)
+    _, rstd = rms_norm_silu.rms_norm_silu_fwd(x, *operands, 1e-12, True)
+    rms_norm_silu.rms_norm_silu_bwd(x, x, *operands, rstd, True)
+
+
 def attend(n, heads, s, d):
     from engine.kernels import attention
 
@@ -147,6 +155,9 @@ LAUNCHES = {  # of 2³² elements and more, cut in every way
     "a long sample": partial(norm, (1, 8, 2**17, 2**14), 4),
     "a long sample, channels_last": partial(norm, (1, 8, 2**17, 2**14), 4, last=True),
     "a wide sample": partial(norm, (1, 2**24, 32, 32), 2**12),
+    "many pixels": partial(rms, 2**21, 64, 8, 8),
+    "many pixels, channels_last": partial(rms, 2**21, 64, 8, 8, last=True),
+    "many channels": partial(rms, 2**10, 2**18, 4, 4),
     "many heads": partial(attend, 2**20, 16, 64, 32),
     "long rows": partial(attend, 1, 1, 2**26, 128),
     "noise": partial(draw, 2**34, 2**35),

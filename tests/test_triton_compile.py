@@ -39,6 +39,11 @@ KERNELS = {
     "_reverse_step_fwd_kernel",
     "_reverse_step_general_kernel",
     "_reverse_step_threshold_kernel",
+    "_rms_norm_silu_bwd_kernel",
+    "_rms_norm_silu_bwd_walk_kernel",
+    "_rms_norm_silu_fwd_kernel",
+    "_rms_norm_silu_merge_kernel",
+    "_rms_norm_silu_weight_kernel",
 }
 
 

@@ -80,7 +80,14 @@ def meta(*shape: int, dtype=torch.float32, last: bool = False) -> torch.Tensor:
 
 def launches(arch: int):
     """(label, launcher, arguments): layouts, dtypes and sizes of real models, on meta tensors."""
-    from engine.kernels import attention, forward_noise, group_norm_silu, noise, reverse_step
+    from engine.kernels import (
+        attention,
+        forward_noise,
+        group_norm_silu,
+        noise,
+        reverse_step,
+        rms_norm_silu,
+    )
 
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -119,6 +126,23 @@ def launches(arch: int):
     yield from pair(128, 256, 128, 32, 32, bf16, False)  # a group of 12 straddles the seam
     yield from pair(128, 256, 128, 32, 32, bf16, True)
     yield from pair(8, 320, 160, 64, 32, bf16, False)  # large
+
+    def rms_norm(n, c, side, dtype, last, dy_last=None):
+        x = meta(n, c, side, side, dtype=dtype, last=last)
+        dy = meta(n, c, side, side, dtype=dtype, last=last if dy_last is None else dy_last)
+        operands = (meta(c, dtype=dtype), *meta(n, 2 * c, dtype=dtype).chunk(2, dim=1))
+        label = f"{n},{c},{side},{side} {str(dtype)[6:]} {'NHWC' if last else 'NCHW'}"
+        yield label, rms_norm_silu.rms_norm_silu_fwd, (x, *operands, 1e-12, True)
+        backward = (dy, x, *operands, meta(n, side * side), True)
+        yield label, rms_norm_silu.rms_norm_silu_bwd, backward
+
+    yield from rms_norm(32, 64, 32, bf16, False)
+    yield from rms_norm(32, 512, 16, bf16, False)
+    yield from rms_norm(32, 512, 16, bf16, True)
+    yield from rms_norm(16, 1024, 8, f32, False)
+    yield from rms_norm(8, 4096, 8, f16, False)  # walk
+    yield from rms_norm(32, 256, 16, f16, True, dy_last=False)
+    yield from rms_norm(2, 96, 7, f32, False)  # nothing is aligned
 
     def attend(n, heads, s, sk, d, dtype):
         q = meta(n, s, 3, heads, d, dtype=dtype)[:, :, 0].transpose(1, 2)

@@ -13,6 +13,7 @@
 #include "group_norm_silu.h"
 #include "group_norm_silu_units.h"
 #include "isa.h"
+#include "transpose.h"
 #define ENGINE_KERNELS "group_norm_silu_bwd_loops.h"
 #include "foreach_isa.h"
 
@@ -269,26 +270,6 @@ class Backward {
   bool with_x_;  // the sums of xhat are wanted: for dadd alone
 };
 
-// (N, rows, columns) -> (N, columns, rows), in tiles that stay in cache.
-template <class T>
-void transpose(const T* from, T* to, int64_t N, int64_t rows, int64_t columns,
-               const ParallelFor& parallel_for) {
-  constexpr int64_t kTile = 32;
-  const int64_t tiles = (rows + kTile - 1) / kTile;
-  parallel_for(N * tiles, grain_of(kTile * columns), [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t base = item / tiles * rows * columns, r0 = item % tiles * kTile;
-      const int64_t r1 = r0 + kTile < rows ? r0 + kTile : rows;
-      for (int64_t c0 = 0; c0 < columns; c0 += kTile) {
-        const int64_t c1 = c0 + kTile < columns ? c0 + kTile : columns;
-        for (int64_t c = c0; c < c1; ++c) {
-          for (int64_t r = r0; r < r1; ++r) to[base + c * rows + r] = from[base + r * columns + c];
-        }
-      }
-    }
-  });
-}
-
 }  // namespace
 
 void group_norm_silu_bwd_cpu(const GroupNormSilu& p, const void* dy, bool dy_channels_last,
@@ -296,16 +277,7 @@ void group_norm_silu_bwd_cpu(const GroupNormSilu& p, const void* dy, bool dy_cha
                              const GroupNormSiluGrads& grads, const ParallelFor& parallel_for) {
   std::unique_ptr<char[]> copy;
   if (dy_channels_last != p.channels_last) {  // rare: bring dy into the layout of x
-    const int64_t rows = dy_channels_last ? p.S : p.C, columns = dy_channels_last ? p.C : p.S;
-    const int64_t size = size_of(p.dtype);
-    copy.reset(new char[p.N * rows * columns * size]);
-    if (size == 4) {
-      transpose(static_cast<const uint32_t*>(dy), reinterpret_cast<uint32_t*>(copy.get()), p.N,
-                rows, columns, parallel_for);
-    } else {
-      transpose(static_cast<const uint16_t*>(dy), reinterpret_cast<uint16_t*>(copy.get()), p.N,
-                rows, columns, parallel_for);
-    }
+    copy = other_layout(dy, dy_channels_last, size_of(p.dtype), p.N, p.C, p.S, parallel_for);
     dy = copy.get();
   }
   Backward(p, dy, mean, rstd, workspace, grads).run(parallel_for);

@@ -4,18 +4,6 @@
 // Where the second pass takes dv from: dy itself (no activation), a sigmoid, or the first pass.
 enum class Dv { kIdentity, kSilu, kStored };
 
-// dv = dy * s * (1 + v * (1 - s)) = dy * (v * s * (1 - s) + s)
-template <class T>
-ENGINE_INLINE F silu_gradient(F v, F dy) {
-  const F s = sigmoid<T>(v);
-  return dy * fma(v * s, 1.0f - s, s);
-}
-template <class T, bool kSilu>
-ENGINE_INLINE Pair gradient(Pair v, Pair dy) {
-  if constexpr (!kSilu) return dy;
-  return {silu_gradient<T>(v.a, dy.a), silu_gradient<T>(v.b, dy.b)};
-}
-
 ENGINE_INLINE Pair negative(Pair v) { return {-v.a, -v.b}; }
 
 // dv of a Pair of T, in the order of T's Pairs; n of its elements count, 0 for all. In float32 dv

@@ -3,16 +3,6 @@
 
 constexpr int64_t kPilot = 8;  // vectors that the first mean of a slab looks at
 
-template <class T, bool kSilu>
-ENGINE_INLINE F activate(F v) {
-  if constexpr (kSilu) return silu_scaled<T>(v);
-  return v;
-}
-template <class T, bool kSilu>
-ENGINE_INLINE Pair activate(Pair v) {
-  return {activate<T, kSilu>(v.a), activate<T, kSilu>(v.b)};
-}
-
 // ---- Contiguous ---------------------------------------------------------------------------------
 
 template <class T>

@@ -1,4 +1,5 @@
-// What the forward and the backward loops of GroupNorm share, for one instruction set.
+// What the forward and the backward loops of GroupNorm and of RMS norm share, for one instruction
+// set.
 #include "sigmoid_simd.h"
 
 // Sums that a vector of floats collects are handed on to doubles after this many terms per lane.
@@ -6,6 +7,29 @@
 constexpr int64_t kFlush = 32;
 
 ENGINE_INLINE double total(Pair v) { return sum(v.a + v.b); }
+
+// v times kSiluScale<T>, if kSilu
+template <class T, bool kSilu>
+ENGINE_INLINE F activate(F v) {
+  if constexpr (kSilu) return silu_scaled<T>(v);
+  return v;
+}
+template <class T, bool kSilu>
+ENGINE_INLINE Pair activate(Pair v) {
+  return {activate<T, kSilu>(v.a), activate<T, kSilu>(v.b)};
+}
+
+// dv = dy * s * (1 + v * (1 - s)) = dy * (v * s * (1 - s) + s)
+template <class T>
+ENGINE_INLINE F silu_gradient(F v, F dy) {
+  const F s = sigmoid<T>(v);
+  return dy * fma(v * s, 1.0f - s, s);
+}
+template <class T, bool kSilu>
+ENGINE_INLINE Pair gradient(Pair v, Pair dy) {
+  if constexpr (!kSilu) return dy;
+  return {silu_gradient<T>(v.a, dy.a), silu_gradient<T>(v.b, dy.b)};
+}
 
 // Columns are taken in blocks of K pairs whose sums stay in registers; n is the number of columns
 // of the last, partial pair (K = 1), or 0.

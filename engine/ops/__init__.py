@@ -11,6 +11,7 @@ from .forward_noise import forward_noise, forward_noise_loss
 from .group_norm_silu import group_norm_silu
 from .noise import INITIAL_NOISE, STEP_NOISE, TRAINING_NOISE, noise
 from .reverse_step import reverse_step
+from .rms_norm_silu import rms_norm_silu
 
 __all__ = [
     "INITIAL_NOISE",
@@ -24,4 +25,5 @@ __all__ = [
     "group_norm_silu",
     "noise",
     "reverse_step",
+    "rms_norm_silu",
 ]

@@ -12,9 +12,11 @@ from .group_norm_silu import arguments as group_norm_silu_arguments
 from .layout import is_dense
 from .noise import arguments as noise_arguments
 from .reverse_step import arguments as reverse_step_arguments
+from .rms_norm_silu import arguments as rms_norm_silu_arguments
 
 ARGUMENTS = {  # op → its call's arguments as a back end gets them, checked
     "group_norm_silu": group_norm_silu_arguments,
+    "rms_norm_silu": rms_norm_silu_arguments,
     "attention": attention_arguments,
     "attention_qkv": attention_qkv_arguments,  # q, k, v as views: the choice is attention's
     "reverse_step": reverse_step_arguments,
@@ -51,7 +53,8 @@ def explain(op: str, *args, **kwargs) -> None:
         print("  note: q, k or v has a stride along D; triton copies it once")
     if op == "attention_qkv" and (qkv := args[0] if args else kwargs["qkv"]).stride(-1) != 1:
         print(f"  note: qkv's channels have stride {qkv.stride(-1)}; triton copies it once")
-    if op in ("group_norm_silu", "reverse_step", "forward_noise") and copied:
+    in_place = ("group_norm_silu", "rms_norm_silu", "reverse_step", "forward_noise")
+    if op in in_place and copied:
         print(
             f"  note: {len(copied)} tensor(s) neither contiguous nor channels_last (first: strides "
             f"{copied[0].stride()}); native and triton copy them once"
