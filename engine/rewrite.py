@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from . import ops, patterns
 from .patterns import no_op
-from .patterns.nodes import is_norm, node_method, where, written_later
+from .patterns.nodes import is_norm, node_method, where, written
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _nested(gm: GraphModule) -> Iterable[GraphModule]:
 
 def _views_to_reshapes(gm: GraphModule) -> None:
     for node in gm.graph.nodes:
-        if node_method(node) != "view" or written_later(node):  # a write must reach what is viewed
+        if node_method(node) != "view" or written(node):  # a write must reach what is viewed
             continue
         arguments = (*node.args, *node.kwargs.values())
         if not any(isinstance(a, torch.dtype) for a in arguments):

@@ -228,7 +228,7 @@ NEAR_MISSES = {  # function, shapes, what is still done, a part of the sentence
         "not one number per sample",
     ),
     "sum in place": (in_place_add, (X, ROW), "GroupNorm → SiLU", "the sum is written in place"),
-    "written later": (written_later, (X, ROW), "GroupNorm → SiLU", "written in place later"),
+    "written later": (written_later, (X, ROW), "GroupNorm → SiLU", "must be kept as it was"),
     "pair, two readers": (
         lambda a, b: (lambda h: gn(h) + h)(torch.cat([a, b], 1)),
         (X, X),
@@ -295,15 +295,15 @@ def test_no_ops_are_taken_out():
 def test_what_looks_like_a_no_op_stays_where_somebody_could_tell():
     def function(x):
         h = x / 1.0
-        h.add_(1)
-        return h, x / 1.0, F.dropout(x, 0.0), torch.ones(3, dtype=torch.int64) / 1
+        h.view(2, 2)[0].add_(1)
+        return h * 1.5, x / 1.0, F.dropout(x, 0.0), torch.ones(3, dtype=torch.int64) / 1
 
     x = torch.zeros(4)
     compiled = torch.compile(function, backend="engine", options={"inner": "eager"})
     torch.compiler.reset()
     added, copy, dropped, quotient = compiled(x)
     copy.add_(5)
-    assert x.eq(0).all() and added.eq(1).all() and quotient.dtype == torch.float32
+    assert x.eq(0).all() and added.sum() == 3 and quotient.dtype == torch.float32
 
 
 @pytest.mark.parametrize("inside", [True, False])

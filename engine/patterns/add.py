@@ -14,7 +14,7 @@ from .nodes import (
     per_channel,
     value,
     widen,
-    written_later,
+    written,
 )
 
 
@@ -41,8 +41,8 @@ def rewrite(node: Node) -> Node | str | None:
             return "the sum has other readers beside the norm"
         if x.dtype != value(total).dtype:
             return f"the sum is {value(total).dtype}, its first operand {x.dtype}"
-        if written_later(h):
-            return "the sum's first operand is written in place later"
+        if written(h):
+            return "the sum's first operand is written in place, and must be kept as it was"
         if why := barrier(total, node):
             return why
         return widen(node, node, args=(h, *node.args[1:]), add=as_rows(temb, node))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from .nodes import arguments, calls, cast_source, mutates, node_method, operands, prune, value
+from .nodes import arguments, calls, cast_source, node_method, operands, prune, value, written
 
 CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
@@ -63,5 +63,4 @@ def _private(node: Node, source: Node) -> bool:
     """Whether nobody can tell the result from its input."""
     if source.op in ("placeholder", "get_attr") and any(u.op == "output" for u in node.users):
         return False
-    users = [*node.users, *source.users]
-    return not any(mutates(user) for user in users)
+    return not written(node) and not written(source)

@@ -27,6 +27,11 @@ IN_PLACE = (
 # Functions that are in place when told so, and where an unnamed argument tells it.
 MAYBE_IN_PLACE = {F.silu: 1, F.relu: 1, F.dropout: 3, F.leaky_relu: 2, F.elu: 2}
 CASTS = ("to", "type", "type_as", "float", "half", "bfloat16")
+VIEWS = (  # by name, method or function; a cast may be one
+    *("view", "reshape", "transpose", "swapaxes", "permute", "movedim", "flatten", "unflatten"),
+    *("unsqueeze", "squeeze", "t", "chunk", "split", "unbind", "narrow", "select", "expand"),
+    *("contiguous", "detach", *CASTS),
+)
 # Under autocast these take their operands in the lower precision.
 LOWERED = (
     *(torch.conv1d, torch.conv2d, torch.conv3d, F.linear, torch.bmm, torch.matmul),
@@ -143,9 +148,28 @@ def barrier(first: Node, last: Node, *absorbed: Node) -> str:
     return ""
 
 
-def written_later(node: Node) -> bool:
-    """Whether a user of `node` writes into it: a fused op keeps it for the backward pass."""
-    return any(mutates(user) and user.args and user.args[0] is node for user in node.users)
+def written(node: Node) -> bool:
+    """Whether anything writes into the node's memory, or into that of which it is a view."""
+    while _is_view(node):
+        node = node.args[0]
+    aliases = [node]
+    for alias in aliases:
+        for user in alias.users:
+            if user.args and user.args[0] is alias:
+                if mutates(user):
+                    return True
+                aliases += [user] if _is_view(user) else []
+    return False
+
+
+def _is_view(node: Node) -> bool:
+    """Whether the node's result may lie in the memory of its first argument."""
+    if not node.args or not isinstance(node.args[0], Node):
+        return False
+    if calls(node, operator.getitem, getattr):
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_method", "call_function") and name in VIEWS
 
 
 def emit(before: Node, like: Node, op: str, target, args=(), kwargs=None, example=None) -> Node:

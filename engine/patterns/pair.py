@@ -7,7 +7,7 @@ import torch
 from torch.fx import Node
 
 from .. import ops
-from .nodes import arguments, barrier, calls, value, widen, written_later
+from .nodes import arguments, barrier, calls, value, widen, written
 
 
 def rewrite(node: Node) -> Node | str | None:
@@ -27,8 +27,8 @@ def rewrite(node: Node) -> Node | str | None:
         return "the halves have different dtypes"
     if len(joined.users) > 1:
         return "the concatenation has other readers beside the norm: it stays"
-    if any(written_later(half) for half in halves):
-        return "one half is written in place later"
+    if any(written(half) for half in halves):
+        return "one half is written in place, and must be kept as it was"
     if why := barrier(joined, node):
         return why
     return widen(node, node, args=(tuple(halves), *node.args[1:]))
