@@ -13,19 +13,19 @@ ROOT = Path(__file__).parent.parent
 
 # Inside engine, a module may import only from the layers before its own.
 LAYERS = (
-    "device dispatch presets schedules layouts diffusers_config importance metrics decoded",
+    "device dispatch presets schedules layouts diffusers_config importance metrics decoded verdict",
     "ops cli inception",
-    "likelihood blocks fashion_mnist pictures",
-    "diffusion unet data",
-    "coefficients guidance classifier curves",
-    "samplers foreign",
+    "likelihood blocks fashion_mnist pictures patterns",
+    "diffusion unet data rewrite fused_scheduler",
+    "coefficients guidance classifier curves backend diffusers_schedulers",
+    "samplers foreign acceleration",
     "checkpoint",
     "evaluation",
     "cache plots",
     "trainer domain_classifier",
     "train sample scores",
-    "evaluate train_classifier ablation_report",
-    "ablation",
+    "evaluate train_classifier ablation_report verification",
+    "ablation verify",
     "ablate",
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer.split()}
