@@ -14,6 +14,9 @@ if not os.path.isdir(os.path.join(__path__[0], "kernels")):
 _HOME = {
     "Classifier": "classifier",
     "Diffusion": "diffusion",
+    "EngineDDIMScheduler": "diffusers_schedulers",
+    "EngineDDPMScheduler": "diffusers_schedulers",
+    "EngineDPMSolverMultistepScheduler": "diffusers_schedulers",
     "UNet": "unet",
     "explain": "ops",
     "load": "checkpoint",
