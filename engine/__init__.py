@@ -22,6 +22,7 @@ _HOME = {
     "load": "checkpoint",
     "noise": "ops",
     "sample": "samplers",
+    "verify": "verification",
 }
 _MODULES = ("checkpoint", "ops", "samplers", "schedules")
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # Inside engine, a module may import only from the layers before its own.
 LAYERS = (
-    "device dispatch presets schedules layouts diffusers_config importance metrics decoded",
+    "device dispatch presets schedules layouts diffusers_config importance metrics decoded verdict",
     "ops cli inception",
     "likelihood blocks fashion_mnist pictures",
     "diffusion unet data evaluation fused_scheduler",
@@ -23,8 +23,8 @@ LAYERS = (
     "cache plots",
     "trainer domain_classifier",
     "train sample scores",
-    "evaluate train_classifier ablation_report",
-    "ablation",
+    "evaluate train_classifier ablation_report verification",
+    "ablation verify",
     "ablate",
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer.split()}
