@@ -41,7 +41,7 @@ class Row:
 def tensors_of(value, name: str = "output") -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model's result by name: of tuples, lists, dicts and dataclasses."""
     if isinstance(value, Tensor):
-        yield name, value
+        yield name, torch.view_as_real(value) if value.is_complex() else value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from tensors_of(inner, f"{name} {key}" if name == "output" else f"{name}.{key}")

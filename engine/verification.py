@@ -111,6 +111,7 @@ def verify(
         fast = handle if isinstance(handle, nn.Module) else accelerated
         begin = time.perf_counter()
         found = call.run(fast, accelerated)
+        call.wait()
         first_call = time.perf_counter() - begin
         rows = judge(found, plain, truth, torch.finfo(low).eps)
         notes = doubts(rows)
@@ -178,7 +179,8 @@ class _Call:
         """owner: whose parameters, if not the model's; forward: a context for that pass alone."""
         args, named, leaves = self.arguments(dtype)
         owner = model if owner is None else owner
-        torch.manual_seed(self.seed + seed)
+        for begin in (torch.manual_seed, random.seed, np.random.seed):
+            begin((self.seed + seed) % 2**32)
         torch.clear_autocast_cache()  # its casts of the weights belong to a graph that is gone
         with forward or contextlib.nullcontext():
             outputs = dict(tensors_of(model(*args, **named)))
@@ -224,15 +226,15 @@ class _Call:
         found = ([], [])
         for i in range(repeats + 1):
             for model, seconds in zip((untouched, fast), found, strict=True):
-                self._wait()
+                self.wait()
                 begin = time.perf_counter()
                 f(model)
-                self._wait()
+                self.wait()
                 if i:  # the first call may compile
                     seconds.append(time.perf_counter() - begin)
         return statistics.median(found[0]), statistics.median(found[1])
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

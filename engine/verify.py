@@ -105,7 +105,14 @@ def from_function(config: VerifyConfig) -> tuple:
     import torch
 
     module, _, name = config.target.partition(":")
-    function = getattr(importlib.import_module(module), name, None)
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        if f"{module}.".startswith(f"{error.name}."):  # and not a module that it imports
+            raise ValueError(
+                f"{config.target}: there is no module {error.name}, here or on PYTHONPATH"
+            ) from None
+        raise
     if not callable(function):
         raise ValueError(f"{config.target}: {module} has no function {name}")
     torch.manual_seed(config.seed)

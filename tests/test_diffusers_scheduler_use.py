@@ -64,6 +64,7 @@ def test_copies_in_the_middle_of_a_run(kind):
     for scheduler in copies:
         assert torch.allclose(go(scheduler, half, slice(4, None)), expected, atol=5e-5)
         assert scheduler.config == mine.config
+    assert "_tables" in vars(mine) and "_tables" not in vars(copy.deepcopy(mine))  # keyed by ids
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,6 +104,21 @@ def test_what_somebody_changes_is_seen(kind, monkeypatch):
         scheduler.timesteps = scheduler.timesteps + 7
         scheduler.register_to_config(thresholding=True, sample_max_value=1.2)
     assert not torch.allclose(fourth, same("timesteps and thresholding"))
+
+
+def test_the_first_step_of_a_run():
+    """Of two equal timesteps, of one that is none, and of a run that begins in the middle."""
+    original, mine = pair("DPMSolverMultistep", 100, use_karras_sigmas=True)
+    assert len(set(original.timesteps.tolist())) < 100
+    for t in (*original.timesteps, int(original.timesteps[2]), 5000):
+        for scheduler in (original, mine):
+            scheduler._step_index = None
+            scheduler._init_step_index(t)
+        assert original.step_index == mine.step_index, t
+    for scheduler in (original, mine):
+        scheduler.set_begin_index(7)
+        scheduler._init_step_index(original.timesteps[9])
+        assert scheduler.step_index == 7
 
 
 def test_only_options_of_its_own_count():

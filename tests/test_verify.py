@@ -230,8 +230,7 @@ class Noisy(Net):
 
     def forward(self, x, t, generator=None):
         x += 0.1 * torch.randn(x.shape, generator=generator) + 0.1 * torch.randn(x.shape)
-        random.random(), np.random.rand()
-        return self.body(x, t)
+        return self.body(x, t) + random.random() + np.random.rand()
 
 
 def test_the_model_is_left_alone():
@@ -316,7 +315,7 @@ class Nested(Net):
     def forward(self, x, t, more):
         y = self.body(x * more["scale"][0], t)
         loss = F.mse_loss(y, torch.zeros_like(y))
-        return Pair(y, {"list": [t, (loss,)], "text": "as it is"})
+        return Pair(y, {"list": [t, (loss,)], "text": "as it is", "complex": y * 1j})
 
 
 def test_nested_inputs_and_outputs():
@@ -326,12 +325,13 @@ def test_nested_inputs_and_outputs():
     found = engine.verify(model, x, t, accelerate=channels_last, repeats=1, more=more)
     assert found.ok, found.table
     names = [r.what for r in found.rows if r.kind != "parameter"]
-    assert names[:3] == ["output first", "output rest.list.0", "output rest.list.1.0"]
-    assert names[3:5] == ["gradient of input 0", "gradient of input more.scale.0"]
+    outputs = ["first", "rest.list.0", "rest.list.1.0", "rest.complex"]
+    assert names[:4] == [f"output {name}" for name in outputs]
+    assert names[4:6] == ["gradient of input 0", "gradient of input more.scale.0"]
 
     def accelerate(model):
         model.register_forward_hook(
-            lambda m, a, out: Pair(out.first, {"list": [t + 1, *out.rest["list"][1:]]})
+            lambda m, a, out: Pair(out.first, {**out.rest, "list": [t + 1, *out.rest["list"][1:]]})
         )
 
     found = engine.verify(model, x, t, accelerate=accelerate, repeats=1, more=more)

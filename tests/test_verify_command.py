@@ -53,7 +53,7 @@ def test_command_with_a_function(accelerate, capsys, monkeypatch, tmp_path):
         ("my_models:nothing",): "returned int, expected a tuple",
         ("my_models:missing",): "my_models has no function missing",
         ("my_models:build", "--batch", "3"): "--batch goes with a folder",
-        ("no_such_module:build",): "No module named 'no_such_module'",
+        ("no_such_module:build",): "there is no module no_such_module, here or on",
         ("no-folder",): "no-folder is no folder",
         ("my_models:build", "--repeats", "0"): "--repeats must be at least 1",
     }
