@@ -181,7 +181,6 @@ class _Call:
         owner = model if owner is None else owner
         for begin in (torch.manual_seed, random.seed, np.random.seed):
             begin((self.seed + seed) % 2**32)
-        torch.clear_autocast_cache()  # its casts of the weights belong to a graph that is gone
         with forward or contextlib.nullcontext():
             outputs = dict(tensors_of(model(*args, **named)))
         parameters = {}

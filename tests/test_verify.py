@@ -144,7 +144,7 @@ def added(change):
 
 
 def one_pixel(out):
-    return out + torch.zeros_like(out).index_put((torch.tensor(0),) * 4, torch.tensor(1e-4))
+    return out + torch.zeros_like(out).index_put((torch.tensor(0),) * 4, torch.tensor(3e-6))
 
 
 class TwiceTheGradient(torch.autograd.Function):
@@ -187,6 +187,21 @@ def test_what_is_wrong_is_found(case):
     assert not found.ok and found.failures
     assert found.table.endswith("\nNOT OK")
     assert re.search(f"(?m)^{line}", found.table), found.table
+
+
+def test_a_gradient_that_is_exactly_zero():
+    """Rounding of the size of the others may take its place, and no more."""
+    model = net()
+    model.register_parameter("idle", nn.Parameter(torch.zeros(3, 1, 1)))
+    model.register_forward_hook(lambda m, args, out: out + 0 * m.idle)
+    for error, ok in ((1e-8, True), (1e-3, False)):
+
+        def accelerate(model, error=error):
+            model.idle.register_hook(lambda g: g + error)
+
+        found = engine.verify(model, *inputs(), accelerate=accelerate, repeats=1)
+        assert found.rows[-1].own == 0 or found.rows[-1].name != "idle"
+        assert found.ok == ok, found.table
 
 
 def test_what_is_wrong_is_found_in_half_precision():
