@@ -78,6 +78,35 @@ def bench_scheduler_step(benchmark, shape, sampler):
         compare(benchmark, functions, 3 * x.numel() * 4)
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("diffusers"), reason="diffusers is not installed")
+@pytest.mark.parametrize("kind", ("DDPM", "DDIM", "DPMSolverMultistep"))
+def bench_engine_scheduler(benchmark, kind, shape=(16, 3, 32, 32)):
+    """A whole `step` of ours, torch's noise and the host's work included, against diffusers'."""
+    import diffusers
+
+    torch.manual_seed(0)
+    x, out = torch.randn(shape), torch.randn(shape)
+    theirs = getattr(diffusers, f"{kind}Scheduler")()
+    mine = getattr(engine, f"Engine{kind}Scheduler").from_config(theirs.config)
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(50)
+        scheduler.step(out, scheduler.timesteps[0], x)  # its history: DPM-Solver's is of two steps
+    t = theirs.timesteps[1]
+
+    def step(scheduler, generator=None):
+        scheduler._step_index = 1  # DPM-Solver counts its steps
+        return scheduler.step(out, t, x, generator=generator).prev_sample
+
+    with torch.inference_mode():
+        a, b = (step(s, torch.Generator().manual_seed(5)) for s in (mine, theirs))
+        assert torch.allclose(a, b, atol=1e-4)
+        compare(
+            benchmark,
+            {"ours": lambda: step(mine), "eager": lambda: step(theirs)},
+            4 * x.numel() * 4,
+        )
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def bench_variant(benchmark, variant, shape=(128, 3, 32, 32)):
     """A variant in the kernel against the same steps of PyTorch, with the same given noise."""

@@ -16,12 +16,16 @@ if not os.path.isdir(os.path.join(__path__[0], "kernels")):
 _HOME = {
     "Classifier": "classifier",
     "Diffusion": "diffusion",
+    "EngineDDIMScheduler": "diffusers_schedulers",
+    "EngineDDPMScheduler": "diffusers_schedulers",
+    "EngineDPMSolverMultistepScheduler": "diffusers_schedulers",
     "UNet": "unet",
     "accelerate": "acceleration",
     "explain": "ops",
     "load": "checkpoint",
     "noise": "ops",
     "sample": "samplers",
+    "verify": "verification",
 }
 _MODULES = ("checkpoint", "ops", "samplers", "schedules")
 

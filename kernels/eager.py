@@ -93,9 +93,11 @@ def reverse_step_fwd(x, model_out, coeffs, step, seed, noise, clip: float, offse
 
 
 def reverse_step_general(
-    x, model_out, uncond, grad, x0_prev, coeffs, step, seed, noise, guidance, clip, quantile, offset
-) -> tuple[Tensor, Tensor]:
-    """x_next and x0 in float32. quantile: of the dynamic threshold, or None."""
+    x, model_out, uncond, grad, x0_prev, coeffs, step, seed, noise, guidance, clip, quantile,
+    largest, offset,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x_next and x0 in float32. quantile: of the dynamic threshold; largest: its upper bound; or
+    None."""
     row, c = _row(coeffs, step), x.shape[1]
     a, b, from_x0, from_x, s, e, g0, g1, lo, hi = F.pad(row, (0, 10 - len(row))).unbind()
     state, out, v = x.float(), model_out[:, :c].float(), model_out[:, c:].float()
@@ -106,7 +108,7 @@ def reverse_step_general(
         grad = grad.float()
         x0 = x0 + g0 * grad
     if quantile is not None:
-        bound = _quantile(x0.abs().flatten(1), quantile).clamp(min=1)
+        bound = _quantile(x0.abs().flatten(1), quantile).clamp(min=1, max=largest)
         bound = bound.reshape(-1, *[1] * (x.dim() - 1))
         x0 = x0.clamp(-bound, bound) / bound
     elif clip != math.inf:

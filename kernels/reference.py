@@ -110,13 +110,14 @@ def reverse_step_general(
     grad: Tensor | None = None,  # (N, C, *S)
     x0_prev: Tensor | None = None,  # (N, C, *S)
     dynamic_threshold: float | None = None,
+    dynamic_threshold_max: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x_next, x0 with (a, b, c, d, s, e, g0, g1, lo, hi) = coeffs[step]; five columns: the rest 0.
 
     out = uncond + w·(model_out − uncond) (Ho & Salimans 2022, eq. 6, with 1 + their w)
     x0 = bound(a·x + b·out + g0·∇), ∇ = grad; bound: clip, or with a dynamic threshold p
          clip(x0, ±m)/m, m = max(1, quantile p of |x0| in the sample), NaN where that is infinite
-         (Saharia et al. 2022, §2.3)
+         (Saharia et al. 2022, §2.3), and at most dynamic_threshold_max
     σ² = exp(lo + (hi − lo)·(v + 1)/2), v the second half of model_out's channels
          (Nichol & Dhariwal 2021, eq. 15), or 1
     x_next = c·x0 + d·x + e·x0_prev + g1·σ²·∇ + s·σ·z (Dhariwal & Nichol 2021, alg. 1 and 2, put
@@ -134,7 +135,7 @@ def reverse_step_general(
         x0 = x0 + g0 * grad
     if dynamic_threshold is not None:
         m = torch.quantile(x0.abs().flatten(1), dynamic_threshold, dim=1).clamp(min=1)
-        m = torch.where(m.isinf(), math.nan, m)
+        m = torch.where(m.isinf(), math.nan, m).clamp(max=dynamic_threshold_max or math.inf)
         m = m.reshape(-1, *[1] * (x.dim() - 1))
         x0 = x0.clamp(-m, m) / m
     elif clip is not None and clip != math.inf:

@@ -220,6 +220,18 @@ def test_a_quantile_below_one_clips(impl):
     assert torch.equal(thresholded(impl, x0, 0.1), x0.clamp(-1, 1))
 
 
+@pytest.mark.parametrize("largest", [1.0, 1.25, 1e9])
+def test_a_threshold_is_at_most_its_largest(impl, largest):
+    x, out, z, more = make("dynamic", (3, 2, 5, 7))
+    out *= torch.tensor([0.1, 1, 10], device=DEVICE)[:, None, None, None]  # m = 1, between, larger
+    more["dynamic_threshold_max"] = largest
+    truth, _ = truth_of(x, out, table(), 2, z, more)
+    got, plain = (
+        ops.reverse_step(x, out, table(), 2, noise=z, impl=name, **more) for name in (impl, "eager")
+    )
+    assert_within_budget(got, truth, plain, factor=FORWARD)
+
+
 def test_nan_and_infinity_stay_in_their_sample(impl):
     x0 = 3 * torch.randn(3, 2, 5, 5, device=DEVICE)
     x0[0, 0, 1, 1], x0[1, 1, 2, 2] = math.nan, -math.inf
@@ -309,6 +321,7 @@ BAD = {
     "alone": (dict(guidance=2.0, return_x0=True), "without uncond"),
     "quantile": (dict(dynamic_threshold=99.5), "dynamic_threshold is 99.5, expected a quantile"),
     "clip": (dict(dynamic_threshold=0.9, clip=2.0), "leave clip out"),
+    "largest": (dict(dynamic_threshold_max=2.0), "expected a number, 1 or more, beside a dynamic"),
     "dtype": (dict(model_dtype=torch.float64), "model_dtype is torch.float64, expected"),
     "columns": (dict(coeffs=torch.zeros(3, 7)), r"expected \(n_steps, 5\) float32, or"),
 }

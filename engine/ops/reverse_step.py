@@ -28,6 +28,7 @@ def reverse_step(
     grad: Tensor | None = None,  # (N, C, *S) a classifier's ∇ log p(y | x_t), scaled
     x0_prev: Tensor | None = None,  # (N, C, *S) x0 of the step before, for DPM-Solver++(2M)
     dynamic_threshold: float | None = None,  # quantile of |x0|, 0 … 1, in place of clip
+    dynamic_threshold_max: float | None = None,  # m is at most this, 1 or more
     return_x0: bool = False,  # also return x0 (x's dtype)
     model_dtype: torch.dtype | None = None,  # also return x_next in this dtype, for the network
     impl: str = "auto",
@@ -45,7 +46,8 @@ def reverse_step(
       out = uncond + guidance·(model_out − uncond)             (Ho & Salimans 2022)
       x0 = bound(a·x + b·out + g0·grad)                        (Dhariwal & Nichol 2021, alg. 2)
       bound: clip(·, ±m)/m, m = max(1, quantile of |x0| in its sample, interpolated linearly), with
-             dynamic_threshold (Saharia et al. 2022, §2.3), in one more launch
+             dynamic_threshold (Saharia et al. 2022, §2.3), in one more launch; in two more with
+             dynamic_threshold_max, m = min(max(1, quantile), dynamic_threshold_max)
       log σ² = lo + (hi − lo)·(v + 1)/2, with learned_range    (Nichol & Dhariwal 2021, eq. 15)
       x_next = c·x0 + d·x + e·x0_prev + g1·σ²·grad + s·σ·z     (alg. 1; σ = 1 without learned_range)
     v is that of model_out, not of uncond. What e = 0, s = 0 or lo = hi multiplies is not read.
@@ -64,18 +66,20 @@ def reverse_step(
         or learned_range
         or return_x0
         or dynamic_threshold is not None
+        or dynamic_threshold_max is not None
         or model_dtype is not None
         or guidance != 1
     ):
         operands = (uncond, grad, x0_prev)
         _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset, learned_range)
-        _check_variants(x, model_out, *operands, guidance, dynamic_threshold, clip, model_dtype)
+        threshold = (dynamic_threshold, dynamic_threshold_max)
+        _check_variants(x, model_out, *operands, guidance, *threshold, clip, model_dtype)
         args = _reverse_step_args(x, model_out, coeffs, step, key, noise, clip, offset)
         backend = dispatch.pick(
             "reverse_step", "eager" if x.numel() == 0 else impl, *args, *operands
         )
         run = _eager_variant if backend == "eager" else _variant
-        found = run(args, operands, guidance, dynamic_threshold, return_x0, model_dtype, backend)
+        found = run(args, operands, guidance, threshold, return_x0, model_dtype, backend)
         return found if len(found) > 1 else found[0]
     _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset)
     args = _reverse_step_args(x, model_out, coeffs, step, key, noise, clip, offset)
@@ -90,7 +94,7 @@ def reverse_step(
     return y.view(shape) if y.shape != shape else y
 
 
-def _variant(args, operands, guidance, quantile, return_x0, model_dtype, backend):
+def _variant(args, operands, guidance, dynamic_threshold, return_x0, model_dtype, backend):
     x, model_out, coeffs, step, seed, noise, clip, offset = args
     shape, x = x.shape, dense(at_least_4d(x))
     model_out, noise, uncond, grad, x0_prev = (
@@ -98,11 +102,14 @@ def _variant(args, operands, guidance, quantile, return_x0, model_dtype, backend
     )
     rows = (coeffs, step)
     threshold = None
+    quantile, largest = dynamic_threshold
     if quantile is not None:
         threshold = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         dispatch.function("reverse_step", "threshold_fwd", backend)(
             threshold, x, model_out, uncond, grad, *rows, float(guidance), float(quantile)
         )
+        if largest is not None:
+            threshold.clamp_(max=largest)
     x_next = torch.empty_like(x)
     x0 = torch.empty_like(x) if return_x0 else None
     model_in = None if model_dtype is None else torch.empty_like(x, dtype=model_dtype)
@@ -113,10 +120,11 @@ def _variant(args, operands, guidance, quantile, return_x0, model_dtype, backend
     return tuple(t.view(shape) for t in (x_next, x0, model_in) if t is not None)
 
 
-def _eager_variant(args, operands, guidance, quantile, return_x0, model_dtype, backend):
+def _eager_variant(args, operands, guidance, dynamic_threshold, return_x0, model_dtype, backend):
     x, model_out, coeffs, step, seed, noise, clip, offset = args
     x_next, x0 = dispatch.function("reverse_step", "general", backend)(
-        *(x, model_out, *operands, coeffs, step, seed, noise, guidance, clip, quantile, offset)
+        *(x, model_out, *operands, coeffs, step, seed, noise, guidance, clip, *dynamic_threshold),
+        offset,
     )
     found = [x_next.to(x.dtype)]
     if return_x0:
@@ -143,12 +151,13 @@ def _sliced(t: Tensor) -> Tensor:  # (N, C, H, W) or (N, C, D, H, W)
 
 def arguments(
     x, model_out, coeffs, step, *, key=None, noise=None, clip=1.0, offset=0, learned_range=False,
-    uncond=None, guidance=1.0, grad=None, x0_prev=None, dynamic_threshold=None, return_x0=False,
-    model_dtype=None,
+    uncond=None, guidance=1.0, grad=None, x0_prev=None, dynamic_threshold=None,
+    dynamic_threshold_max=None, return_x0=False, model_dtype=None,
 ):  # fmt: skip
     operands = (uncond, grad, x0_prev)
     _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset, learned_range)
-    _check_variants(x, model_out, *operands, guidance, dynamic_threshold, clip, model_dtype)
+    threshold = (dynamic_threshold, dynamic_threshold_max)
+    _check_variants(x, model_out, *operands, guidance, *threshold, clip, model_dtype)
     given = [t for t in operands if t is not None]
     return *_reverse_step_args(x, model_out, coeffs, step, key, noise, clip, offset), *given
 
@@ -191,7 +200,7 @@ def _check_reverse_step(
 
 
 def _check_variants(
-    x, model_out, uncond, grad, x0_prev, guidance, dynamic_threshold, clip, model_dtype
+    x, model_out, uncond, grad, x0_prev, guidance, dynamic_threshold, largest, clip, model_dtype
 ) -> None:
     for name, t in (("uncond", uncond), ("grad", grad), ("x0_prev", x0_prev)):
         if t is not None:
@@ -222,6 +231,13 @@ def _check_variants(
                 f"reverse_step: x is {tuple(x.shape)}, expected fewer than 2^31 - 1 elements a "
                 "sample with dynamic_threshold"
             )
+    if largest is not None and (
+        dynamic_threshold is None or not isinstance(largest, (int, float)) or not largest >= 1
+    ):
+        raise ValueError(
+            f"reverse_step: dynamic_threshold_max is {largest!r}, expected a number, 1 or more, "
+            "beside a dynamic_threshold, or None"
+        )
     if model_dtype is not None and model_dtype not in MODEL_DTYPES:
         raise ValueError(
             f"reverse_step: model_dtype is {model_dtype}, expected float32, bfloat16 or float16"
