@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from . import checkpoint
 from .cli import neighbour
 from .pictures import atomic
 
@@ -91,6 +90,8 @@ def figure(found: dict, name: str) -> str:
 
 def terms_of(run: Path) -> dict:
     """The "terms" over t of the last bits/dim of a run: "vb" and "mse" (T,)."""
+    from . import checkpoint  # late: engine.plots --help does not wait for torch
+
     run = run.expanduser()
     folder, name = (run, checkpoint.FILE) if run.is_dir() else (run.parent, run.name)
     # Records from before there were several checkpoints in a folder have no "file".

@@ -197,9 +197,10 @@ def test_slides_train_on_pictures_between_0_and_1(study, monkeypatch, capsys):
     )
     assert "linear" not in table.read_text()
     capsys.readouterr()
-    for name in ("sample", "evaluate"):  # they would clip and draw in [−1, 1]
+    # They would clip and draw in [−1, 1].
+    for name, more in (("sample", ()), ("evaluate", ("--metrics", "nll"))):
         command = importlib.import_module(f"engine.{name}").command
-        assert cli.main(command, [str(cell)]) == 2
+        assert cli.main(command, [str(cell), *more]) == 2
         assert "was trained on pictures in [0, 1]" in capsys.readouterr().err
     assert train.main(["--resume", str(cell), "--steps", "3"]) == 2
     assert "trained on pictures in [0, 1]" in capsys.readouterr().err
