@@ -162,6 +162,7 @@ clean:
 
 # What the build and the extra "test" need, from pyproject.toml (Python 3.10 has no tomllib; pip does).
 define LIST_REQUIREMENTS
+import re
 try:
     import tomllib
 except ImportError:
@@ -177,6 +178,6 @@ def expand(names):
         else:
             yield name
 found = [*config["build-system"]["requires"], *config["project"]["dependencies"], *expand(["diffusion-engine[test]"])]
-print("\n".join(dict.fromkeys(r for r in found if not r.startswith("torch"))))
+print("\n".join(dict.fromkeys(r for r in found if re.match(r"[\w.-]+", r)[0] != "torch")))
 endef
 export LIST_REQUIREMENTS
