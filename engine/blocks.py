@@ -26,8 +26,8 @@ class TimeEmbedding(nn.Module):
     def __init__(self, channels: int, temb_channels: int, order: str) -> None:
         super().__init__()
         self.channels, self.order = channels, order
-        self.dense_0 = nn.Linear(channels, temb_channels)
-        self.dense_1 = nn.Linear(temb_channels, temb_channels)
+        self.dense_0 = Linear(channels, temb_channels)
+        self.dense_1 = Linear(temb_channels, temb_channels)
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         half = self.channels // 2
@@ -40,8 +40,33 @@ class TimeEmbedding(nn.Module):
         return self.dense_1(F.silu(self.dense_0(sinusoids.to(dtype))))
 
 
+class Conv2d(nn.Conv2d):
+    """W x + b + add; x may be a pair, whose channels then follow each other: W [x₁; x₂] is
+    W₁ x₁ + W₂ x₂, so that nobody concatenates them."""
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor], add: Tensor | None = None) -> Tensor:
+        if isinstance(x, tuple):
+            x, skip = x
+            first, second = self.weight.split((x.shape[1], skip.shape[1]), dim=1)
+            y = self._conv_forward(x, first, None) + self._conv_forward(skip, second, self.bias)
+        else:
+            y = self._conv_forward(x, self.weight, self.bias)
+        return y if add is None else add + y
+
+
+class Linear(nn.Linear):
+    """x Wᵀ + b + add."""
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return y if add is None else add + y
+
+
 class GroupNormSiLU(nn.GroupNorm):
-    """act(GN(x + add)·(1 + scale) + shift) by our op; the parameters of nn.GroupNorm."""
+    """act(GN(x + add)·(1 + scale) + shift) by our op; the parameters of nn.GroupNorm.
+
+    x may be a pair, normalised as if its channels followed each other.
+    """
 
     def __init__(
         self, num_groups: int, channels: int, eps: float, activation: str = "silu"
@@ -51,7 +76,7 @@ class GroupNormSiLU(nn.GroupNorm):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | tuple[Tensor, Tensor],
         add: Tensor | None = None,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
@@ -72,6 +97,7 @@ class GroupNormSiLU(nn.GroupNorm):
 class ResBlock(nn.Module):
     """x + conv2(drop(silu(norm2(conv1(silu(norm1(x))) ⊕ W·temb)))), ⊕ added or AdaGN.
 
+    x may be a pair (h, skip), for its concatenation.
     sampling "up" or "down" resamples both branches before conv1 (BigGAN; Brock et al. 2019).
     """
 
@@ -89,14 +115,14 @@ class ResBlock(nn.Module):
         super().__init__()
         self.adaptive, self.sampling = conditioning == "scale_shift", sampling
         self.norm1 = GroupNormSiLU(num_groups, c_in, norm_eps)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.temb_proj = nn.Linear(temb_channels, 2 * c_out if self.adaptive else c_out)
+        self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
+        self.temb_proj = Linear(temb_channels, 2 * c_out if self.adaptive else c_out)
         self.norm2 = GroupNormSiLU(num_groups, c_out, norm_eps)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv2 = zero(Conv2d(c_out, c_out, 3, padding=1))
+        self.shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+    def forward(self, x: Tensor | tuple[Tensor, Tensor], temb: Tensor) -> Tensor:
         h = self.norm1(x)
         if self.sampling == "up":
             h, x = upsample_nearest(h), upsample_nearest(x)
@@ -109,7 +135,7 @@ class ResBlock(nn.Module):
             h = self.norm2(h, scale=scale, shift=shift)
         else:
             h = self.norm2(h, add=temb)
-        return self.shortcut(x) + self.conv2(self.dropout(h))
+        return self.conv2(self.dropout(h), add=self.shortcut(x))
 
 
 class AttentionBlock(nn.Module):
@@ -119,14 +145,21 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm = GroupNormSiLU(num_groups, channels, norm_eps, activation="none")
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj_out = zero(nn.Linear(channels, channels))
+        self.qkv = Linear(channels, 3 * channels)
+        self.proj_out = zero(Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, height * width, c)  # a view
+        tokens = as_tokens(self.norm(x))
         out = ops.attention_qkv(self.qkv(tokens), self.num_heads)
-        return x + self.proj_out(out).view(n, height, width, c).permute(0, 3, 1, 2)
+        out = self.proj_out(out, add=as_tokens(x))
+        return out.view(n, height, width, c).permute(0, 3, 1, 2)
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """(N, C, H, W) in channels_last memory as (N, H·W, C): a view."""
+    n, c, height, width = x.shape
+    return x.permute(0, 2, 3, 1).reshape(n, height * width, c)
 
 
 class Downsample(nn.Module):
@@ -135,7 +168,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, asymmetric_padding: bool) -> None:
         super().__init__()
         self.asymmetric = asymmetric_padding
-        self.conv = nn.Conv2d(channels, channels, 3, 2, padding=0 if asymmetric_padding else 1)
+        self.conv = Conv2d(channels, channels, 3, 2, padding=0 if asymmetric_padding else 1)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
@@ -146,7 +179,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         return self.conv(upsample_nearest(x))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .blocks import (
     AttentionBlock,
+    Conv2d,
     Downsample,
     GroupNormSiLU,
     Level,
@@ -41,7 +42,7 @@ class Encoder(nn.Module):
             c["model_channels"], 4 * c["model_channels"], c["embedding"]
         )
         self.embed_labels()
-        self.conv_in = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)
+        self.conv_in = Conv2d(c["in_channels"], widths[0], 3, padding=1)
         self.skip_channels = [widths[0]]
         channels, resolution = widths[0], c["image_size"]
         self.down = nn.ModuleList()
@@ -175,7 +176,7 @@ class UNet(Encoder):
             self.up.append(Level(blocks, attentions, upsample))
 
         self.norm_out = GroupNormSiLU(num_groups, channels, norm_eps)
-        self.conv_out = zero(nn.Conv2d(channels, out_channels or in_channels, 3, padding=1))
+        self.conv_out = zero(Conv2d(channels, out_channels or in_channels, 3, padding=1))
         self.to(memory_format=torch.channels_last)
 
     @classmethod
@@ -215,7 +216,7 @@ class UNet(Encoder):
         h, skips = self.encode(x, temb)
         for level in self.up:
             for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = attention(block(torch.cat([h, skips.pop()], dim=1), temb))
+                h = attention(block((h, skips.pop()), temb))
             if level.resample is not None:
                 h = level.resample(h, temb)
         return self.conv_out(self.norm_out(h))
