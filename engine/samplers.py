@@ -20,6 +20,7 @@ from .coefficients import SAMPLERS, SPACINGS, coefficients
 from .device import usable_device
 from .diffusion import Diffusion
 from .guidance import class_gradient, find_null_label, network, takes_labels
+from .prepacked import for_sampling
 from .unet import UNet
 
 __all__ = ["SAMPLERS", "SPACINGS", "coefficients", "sample"]
@@ -43,6 +44,7 @@ def sample(
     device: torch.device | str | None = None,
     dynamic_threshold: float | None = None,
     graph: bool | str = "auto",
+    prepack: bool | str = "auto",
     impl: str = "auto",
     guidance: float | None = None,
     null_label: int | None = None,
@@ -87,6 +89,8 @@ def sample(
     graph    True: capture one step, network included, in a CUDA graph and replay it; a model that
              cannot be captured runs as ever, with a warning. The images stay the same. "auto" does
              not until a committed result shows it right and faster on a GPU; needs CUDA
+    prepack  run a twin of the model whose weights lie as oneDNN's kernels read them, made when the
+             sampling begins: "auto" where that is faster, a UNet on the CPU. Rounding may differ
 
     Nothing in the loop waits for the device: progress counts the calls that were launched.
     The model runs as it is (precision, layout), in eval mode and without gradients.
@@ -107,6 +111,7 @@ def sample(
     n_steps = (len(rows) + calls - 1) // calls
     null_label = find_null_label(model, y, guidance, null_label)
     model_dtype = _model_dtype(model, device, model_dtype)
+    called = for_sampling(model, prepack)
     first = offset * torch.Size(shape[1:]).numel()
     stops = _stops(n_steps, trajectory)
     z = _injected(noise, shape, n_steps, device)
@@ -123,7 +128,7 @@ def sample(
                 x = z(0).clone(memory_format=torch.contiguous_format)
             labels = y if classifier is None or takes_labels(model) else None
             step = _Step(
-                network(model, labels, null_label),
+                network(called, labels, null_label),
                 None
                 if classifier is None
                 else partial(class_gradient, classifier, y=y, scale=classifier_scale),

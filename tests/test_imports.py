@@ -17,7 +17,7 @@ LAYERS = (
     "ops cli inception",
     "likelihood blocks fashion_mnist pictures patterns",
     "diffusion unet data rewrite fused_scheduler",
-    "coefficients guidance classifier curves backend diffusers_schedulers",
+    "prepacked coefficients guidance classifier curves backend diffusers_schedulers",
     "samplers foreign acceleration",
     "checkpoint",
     "evaluation",
