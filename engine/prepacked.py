@@ -1,0 +1,174 @@
+"""Sampling calls one network hundreds of times: its weights are brought into oneDNN's own layout
+once, not at every call.
+
+`prepacked(model, dtype)` is a twin of the model that shares everything with it except the
+convolutions and the projections. Those hold their weights in `dtype`, in the blocks that oneDNN's
+kernels read (at batch 1 a call that had to reorder them took 150-210 µs where it now takes 100),
+and take a residual as the kernel's last operation, where eager reads and writes the image again.
+The model itself stays as it is: it may be trained, copied or sampled by another thread meanwhile.
+CPU and inference only; the weights are those of the moment when the twin first ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Conv2d, Linear
+from .unet import UNet
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def prepacked(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A twin of `model` for inference on the CPU in `dtype`; takes what the model takes.
+
+    dtype  float32 or bfloat16: what the layers cast to, as autocast does; none is needed around it
+
+    Layers that are not exactly our Conv2d or Linear, or have hooks or parametrizations, stay
+    themselves. Raises ValueError for another dtype or a model that is not on the CPU.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"prepacked weights are float32 or bfloat16, not {dtype}")
+    where = {p.device.type for p in model.parameters()}
+    if where - {"cpu"}:
+        raise ValueError(f"prepacked weights are for the CPU, the model is on {', '.join(where)}")
+    return _twin(model, dtype)
+
+
+def for_sampling(model: Callable, prepack: bool | str = "auto") -> Callable:
+    """What sampling calls in the model's place: its prepacked twin, or the model itself.
+
+    "auto" takes the twin of a UNet that computes in float32 or bfloat16 on a CPU whose oneDNN has
+    kernels for it. Raises ValueError for prepack=True where that does not hold.
+    """
+    if not isinstance(prepack, bool) and prepack != "auto":
+        raise ValueError(f"prepack is {prepack!r}, expected True, False or 'auto'")
+    if prepack is False:
+        return model
+    missing = _missing(model)
+    if missing and prepack is True:
+        raise ValueError(f"prepack=True needs {missing}: leave prepack out")
+    if missing:
+        return model
+    twin = prepacked(model, _computes_in(model)).eval()
+
+    def call(*args: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):  # the layers cast by themselves
+            return twin(*args)
+
+    return call
+
+
+def _computes_in(model: UNet) -> torch.dtype:
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu")
+    return model.conv_in.weight.dtype
+
+
+def _missing(model: Callable) -> str:
+    """What keeps the model from having a twin; "" for nothing."""
+    if not isinstance(model, UNet):
+        return f"a UNet, not {type(model).__name__}"
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        return "a model on the CPU"
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return "oneDNN, which this torch is built without or has turned off"
+    dtype = _computes_in(model)
+    if dtype not in DTYPES:
+        return f"float32 or bfloat16, not {dtype}"
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "bfloat16 kernels of oneDNN, which this CPU lacks"
+    return ""
+
+
+def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A shallow copy of the tree: the same tensors under new modules."""
+    plain = not (module._forward_hooks or module._forward_pre_hooks)
+    if plain and type(module) is Conv2d and module.padding_mode == "zeros":
+        return _PackedConv2d(module, dtype)
+    if plain and type(module) is Linear:
+        return _PackedLinear(module, dtype)
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__ = dict(module.__dict__)
+    twin._modules = {
+        name: None if child is None else _twin(child, dtype)
+        for name, child in module._modules.items()
+    }
+    return twin
+
+
+class _Packed(nn.Module):
+    """Packs at its first call, for the size of image that it then sees; others are right too."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer, self.dtype, self.packed = (layer,), dtype, None  # not a submodule
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's own, for who asks for its dtype or shape."""
+        return self.layer[0].weight
+
+    def bias(self) -> Tensor | None:
+        bias = self.layer[0].bias
+        return None if bias is None else bias.detach().to(self.dtype)
+
+
+class _PackedConv2d(_Packed):
+    def forward(self, x: Tensor | tuple[Tensor, Tensor], add: Tensor | None = None) -> Tensor:
+        parts = x if isinstance(x, tuple) else (x,)
+        if parts[0].dtype != self.dtype:
+            parts = [part.to(self.dtype) for part in parts]
+        if self.packed is None:
+            self.packed = self.pack(parts)
+        for part, (weight, bias) in zip(parts, self.packed, strict=True):
+            if add is None:
+                add = torch.ops.mkldnn._convolution_pointwise(
+                    part, weight, bias, *self.geometry, "none", [], ""
+                )
+            else:
+                add = torch.ops.mkldnn._convolution_pointwise.binary(
+                    part, add, weight, bias, *self.geometry, "add", 1.0, None, [], None
+                )
+        return add
+
+    def pack(self, parts: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor | None]]:
+        """(weight, bias) of each part of the input; the last has the bias."""
+        layer = self.layer[0]
+        self.geometry = layer.padding, layer.stride, layer.dilation, layer.groups
+        weight = layer.weight.detach().to(self.dtype)
+        pieces = weight.split([part.shape[1] for part in parts], dim=1)
+        biases = [None] * (len(parts) - 1) + [self.bias()]
+        return [
+            (
+                torch._C._nn.mkldnn_reorder_conv2d_weight(
+                    piece.contiguous().to_mkldnn(), *self.geometry, part.shape
+                ),
+                bias,
+            )
+            for part, piece, bias in zip(parts, pieces, biases, strict=True)
+        ]
+
+
+class _PackedLinear(_Packed):
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        if x.dtype != self.dtype:
+            x = x.to(self.dtype)
+        if self.packed is None:
+            self.packed = self.pack(x.shape[:-1].numel())
+        weight, bias = self.packed
+        if self.dtype == torch.float32:  # oneDNN has none: MKL's, as it is
+            y = torch.nn.functional.linear(x, weight, bias)
+            return y if add is None else y.add_(add)
+        if add is None:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
+
+    def pack(self, rows: int) -> tuple[Tensor, Tensor | None]:
+        weight = self.layer[0].weight.detach().to(self.dtype).contiguous()
+        if self.dtype != torch.float32:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        return weight, self.bias()
