@@ -7,47 +7,10 @@ import numpy as np
 import pytest
 import torch
 from budget import error
+from small_unet import OPTIONS, SMALL, alive, inputs
 
 import engine
 from engine import schedules
-
-SMALL = dict(
-    image_size=8,
-    in_channels=2,
-    model_channels=16,
-    channel_mult=(1, 2),
-    num_res_blocks=1,
-    attention_resolutions=(4,),
-    num_groups=4,
-)
-OPTIONS = {
-    "plain": {},
-    "ddpm": dict(embedding="sin_cos", asymmetric_padding=True, norm_eps=1e-6),
-    "adm": dict(conditioning="scale_shift", resample="biggan", head_channels=8),
-    "classes": dict(num_classes=5, conditioning="scale_shift"),
-    "null label": dict(num_classes=5, label_dropout=0.5),
-    "learned variance": dict(out_channels=4),
-    "three levels": dict(channel_mult=(1, 1, 2), num_heads=2, attention_resolutions=(2, 4)),
-}
-
-
-def alive(model: torch.nn.Module) -> torch.nn.Module:
-    """Random values in place of the zero-initialised weights, so that every branch is seen."""
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            if not p.any():
-                p.copy_(torch.randn(p.shape, generator=g) * 0.1)
-    return model
-
-
-def inputs(model, n=2):
-    g = torch.Generator().manual_seed(2)
-    size, channels = model.config["image_size"], model.config["in_channels"]
-    x = torch.randn(n, channels, size, size, generator=g)
-    y = torch.tensor([1, 3])[:n] if model.config["num_classes"] else None
-    return x, torch.tensor([3, 900])[:n], y
-
 
 # name: parameters, tensors where they were published too.
 PUBLISHED = {
@@ -217,13 +180,19 @@ def test_output_and_hidden_layout_is_channels_last(monkeypatch):
     seen = []
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
-            module.register_forward_hook(lambda m, i, out: seen.append((i[0], out)))
+            module.register_forward_hook(lambda m, i, out: seen.append((*parts(i[0]), out)))
     x, t, y = inputs(model)
     model(x, t, y)
     assert len(seen) == sum(isinstance(m, torch.nn.Conv2d) for m in model.modules())
-    for pair in seen:
-        for h in pair:
+    assert {len(images) for images in seen} == {2, 3}  # 3: a shortcut on the way up
+    for images in seen:
+        for h in images:
             assert h.is_contiguous(memory_format=torch.channels_last)
+
+
+def parts(x) -> tuple:
+    """A layer's input, one image or a pair of them, as a tuple."""
+    return x if isinstance(x, tuple) else (x,)
 
 
 def test_ten_training_steps_agree(monkeypatch):
@@ -281,10 +250,12 @@ def test_autocast_keeps_bfloat16_between_convolutions():
     dtypes = set()
     for module in model.modules():
         if type(module).__name__ == "GroupNormSiLU":
-            module.register_forward_hook(lambda m, i, out: dtypes.add((i[0].dtype, out.dtype)))
+            module.register_forward_hook(
+                lambda m, i, out: dtypes.update(h.dtype for h in (*parts(i[0]), out))
+            )
     with torch.autocast("cpu", torch.bfloat16):
         out = model(x, t)
-    assert dtypes == {(torch.bfloat16, torch.bfloat16)} and out.dtype == torch.bfloat16
+    assert dtypes == {torch.bfloat16} and out.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

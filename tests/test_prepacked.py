@@ -1,0 +1,143 @@
+"""A prepacked twin computes what its model computes, and leaves the model alone."""
+
+import copy
+
+import pytest
+import torch
+from budget import FORWARD, assert_within_budget
+from small_unet import OPTIONS, SMALL, alive, inputs
+
+import engine
+from engine.blocks import Conv2d, Linear
+from engine.prepacked import for_sampling, prepacked
+
+BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+needs_bf16 = pytest.mark.skipif(not BF16, reason="this CPU has no bfloat16 kernels of oneDNN")
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)]
+
+
+def unet(**options):
+    return alive(engine.UNet(**{**SMALL, **options})).eval()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_twin_within_budget(option, dtype):
+    model = unet(**OPTIONS[option])
+    x, t, y = inputs(model)
+    with torch.inference_mode():
+        twin = prepacked(model, dtype)
+        found = [twin(x[:n].to(dtype), t[:n], y if y is None else y[:n]) for n in (2, 1, 2)]
+        plain = copy.deepcopy(model).to(dtype)(x.to(dtype), t, y)
+        truth = copy.deepcopy(model).double()(x.double(), t, y)
+    for out, rows in zip(found, (2, 1, 2), strict=True):  # packed for two pictures, right for one
+        assert out.dtype == dtype
+        assert_within_budget(out, truth[:rows], plain[:rows], factor=FORWARD)
+
+
+@needs_bf16
+def test_twin_rounds_less_than_autocast():
+    """A residual is added before the convolution's result is rounded, not after."""
+    model = unet(**OPTIONS["three levels"])
+    x, t, y = inputs(model)
+    with torch.inference_mode():
+        truth = copy.deepcopy(model).double()(x.double(), t, y)
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = model(x, t, y)
+        found = prepacked(model, torch.bfloat16)(x, t, y)
+    assert (found - truth).norm() < 1.1 * (plain - truth).norm()
+
+
+def test_every_layer_is_packed_and_the_model_untouched():
+    model = unet(**OPTIONS["adm"])
+    keys, before = list(model.state_dict()), [type(m) for m in model.modules()]
+    twin = prepacked(model, torch.float32)
+    x, t, y = inputs(model)
+    with torch.inference_mode():
+        twin(x, t, y)
+    layers = [m for m in model.modules() if isinstance(m, Conv2d | Linear)]
+    packed = [m for m in twin.modules() if hasattr(m, "packed")]
+    assert len(packed) == len(layers) > 10 and all(m.packed is not None for m in packed)
+    assert not [m for m in twin.modules() if isinstance(m, Conv2d | Linear)]
+    assert list(model.state_dict()) == keys and [type(m) for m in model.modules()] == before
+    assert all(p.requires_grad for p in model.parameters())
+    model.train()
+    assert not twin.training
+    for m in twin.modules():  # nothing is copied that need not be
+        if isinstance(m, torch.nn.GroupNorm):
+            assert any(m.weight is p for p in model.parameters())
+
+
+def test_layers_with_hooks_stay_themselves():
+    model = unet()
+    calls = []
+    model.conv_in.register_forward_hook(lambda *_: calls.append("conv_in"))
+    torch.nn.utils.parametrizations.weight_norm(model.conv_out)
+    twin = prepacked(model, torch.float32)
+    assert twin.conv_in.weight is model.conv_in.weight and hasattr(
+        twin.conv_out, "parametrizations"
+    )
+    x, t, y = inputs(model)
+    with torch.inference_mode():
+        assert torch.allclose(twin(x, t, y), model(x, t, y), atol=1e-5)
+    assert calls == ["conv_in"] * 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
+@pytest.mark.parametrize("options", [{}, {"guidance": 2.0}], ids=["plain", "guided"])
+def test_sampling_takes_the_twin(monkeypatch, precision, options):
+    """The images are those of the plain model up to rounding; training=True afterwards is kept."""
+    from engine import prepacked as module
+
+    model = unet(num_classes=5, label_dropout=0.5).train()
+    process = engine.Diffusion(engine.schedules.betas("cosine", 50))
+    made = []
+    monkeypatch.setattr(
+        module, "prepacked", lambda *args: made.append(prepacked(*args)) or made[-1]
+    )
+    shape, y = (3, 2, 8, 8), torch.tensor([0, 1, 4])
+
+    def draw(**more):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            return engine.sample(
+                model, process, shape, sampler="ddim", steps=5, y=y, **options, **more
+            )
+
+    found, plain = draw(), draw(prepack=False)
+    assert len(made) == 1 and model.training and torch.equal(found, draw(prepack=True))
+    near = 1e-5 if precision == "fp32" else 0.03
+    assert (found - plain).abs().mean() < near  # the mean: an untrained network swings pixels
+    with torch.no_grad():
+        model.conv_in.weight.mul_(1.5)  # trained on: the next samples are of the new weights
+    assert (draw() - found).abs().mean() > near
+
+
+def test_auto_leaves_what_it_cannot_serve():
+    model = unet()
+    assert for_sampling(model, False) is model
+    half = copy.deepcopy(model).half()
+    assert for_sampling(half) is half
+
+    def call(x, t):
+        return x
+
+    assert for_sampling(call) is call
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert for_sampling(model) is model
+        with pytest.raises(ValueError, match="prepack=True needs oneDNN"):
+            for_sampling(model, True)
+
+
+@pytest.mark.parametrize(
+    "call, sentence",
+    [
+        (lambda m: for_sampling(m, "yes"), "prepack is 'yes', expected True, False or 'auto'"),
+        (lambda m: for_sampling(m.forward, True), "needs a UNet, not method: leave prepack out"),
+        (lambda m: for_sampling(m.half(), True), "needs float32 or bfloat16, not torch.float16"),
+        (lambda m: prepacked(m, torch.float64), "float32 or bfloat16, not torch.float64"),
+        (lambda m: prepacked(m.to("meta"), torch.float32), "for the CPU, the model is on meta"),
+    ],
+)
+def test_one_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call(unet())
