@@ -228,7 +228,7 @@ def forecast(study, cells) -> list[str]:
 
     def forward() -> None:
         x = torch.zeros(size, device=loop.device)
-        with torch.inference_mode(), ablation.autocast(loop.device, loop.precision):
+        with torch.inference_mode(), loop.execution.autocast():
             loop.model(x, torch.zeros(len(x), dtype=torch.int64, device=loop.device))
 
     calls = len(kept_steps(loop.diffusion.T, p.sample_steps)) * -(-p.n // ablation.BATCH)

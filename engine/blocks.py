@@ -152,8 +152,9 @@ class AttentionBlock(nn.Module):
         n, c, height, width = x.shape
         tokens = as_tokens(self.norm(x))
         out = ops.attention_qkv(self.qkv(tokens), self.num_heads)
-        out = self.proj_out(out, add=as_tokens(x))
-        return out.view(n, height, width, c).permute(0, 3, 1, 2)
+        out = self.proj_out(out, add=as_tokens(x)).view(n, height, width, c).permute(0, 3, 1, 2)
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        return out if channels_last else out.contiguous()
 
 
 def as_tokens(x: Tensor) -> Tensor:

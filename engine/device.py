@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import torch
 
 
@@ -53,13 +55,20 @@ def _parse(name: str | torch.device) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """bf16 for "auto" where the device has arithmetic for it; elsewhere fp32 is faster."""
+    """bf16 for "auto" where the device has arithmetic for it; elsewhere fp32 is faster.
+
+    An x86 CPU has it with AVX512_BF16 or AMX; oneDNN emulates it with AVX-512 alone.
+    """
     if name != "auto":
         return torch.bfloat16 if name == "bf16" else torch.float32
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            fast = fast and (
+                torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            )
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -71,6 +71,12 @@ class SampleConfig:
     """Device to sample on: cpu, cuda, cuda:1 …"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the U-Net; auto is bf16 where the device has it."""
+    layout: Literal["auto", "channels_last", "contiguous"] = "auto"
+    """Memory layout of images and weights; auto is channels_last."""
+    compile: bool = False
+    """Run the U-Net through torch.compile: more than a minute before the first step."""
+    prepack: bool = True
+    """On the CPU, bring the weights into oneDNN's own layout before the first step."""
 
 
 def command(args: Sequence[str] | None) -> None:
@@ -82,11 +88,12 @@ def command(args: Sequence[str] | None) -> None:
     from . import plots
     from .checkpoint import check_range, load
     from .coefficients import asked_steps
-    from .device import autocast, choose_device, choose_precision
+    from .execution import choose, describe
     from .samplers import sample
 
-    device = choose_device(config.device)
-    precision = choose_precision(config.precision, device)
+    asked = config.device, config.precision, config.layout, config.compile
+    execution = choose(*asked, sampling=config.prepack)
+    device = execution.device
     model, diffusion, info = load(config.run, device=device)
     check_range(info, config.run)
     steps = asked_steps(config.steps, config.sampler, config.spacing, diffusion.T)
@@ -110,13 +117,16 @@ def command(args: Sequence[str] | None) -> None:
         if path is not None:
             cli.make_writable(path.absolute().parent, f"--{name}")
     size = model.config["image_size"]
+    model = execution.prepared(model)
+    print(describe(model, execution), file=sys.stderr)
+    network = execution.network(model)
     parts, states = [], []
     for start in range(0, config.n, config.batch):
         count = min(config.batch, config.n - start)
         wanted = 10 if config.strip is not None and start == 0 else 0
-        with autocast(device, precision):
+        with execution.autocast():
             images = sample(
-                model,
+                network,
                 diffusion,
                 (count, model.config["in_channels"], size, size),
                 sampler=config.sampler,
@@ -133,6 +143,7 @@ def command(args: Sequence[str] | None) -> None:
                 else config.classifier_scale,
                 progress=True,
                 offset=start,
+                prepack="auto" if config.prepack else False,
                 **({"trajectory": wanted} if wanted else {}),
             )
         if wanted:

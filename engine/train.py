@@ -101,6 +101,10 @@ class TrainConfig:
     """Device to train on: cpu, cuda, cuda:1 …"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the forward and backward pass; auto is bf16 where the device has it."""
+    layout: Literal["auto", "channels_last", "contiguous"] = "auto"
+    """Memory layout of images and weights; auto is channels_last."""
+    compile: bool = False
+    """Train through torch.compile: more than a minute before the first step."""
     log_every: int = 10
     """Steps between two lines in metrics.jsonl and TensorBoard."""
     save_every: int = 500
@@ -147,7 +151,8 @@ RUN_FILES = (
 
 # What --resume may change: how the run is carried out, not what it computes.
 RESUMABLE = {
-    *("out", "resume", "data_dir", "steps", "device", "precision", "log_every", "save_every"),
+    *("out", "resume", "data_dir", "steps", "device", "precision", "layout", "compile"),
+    *("log_every", "save_every"),
     *("keep_every", "cache", "sample_every", "samples", "sample_steps", "tensorboard"),
 }
 
@@ -198,9 +203,10 @@ def train(config: TrainConfig) -> Path:
     validate(config)
     # Late, so that --help and a wrong option are answered without waiting for torch.
     from . import checkpoint, data, decoded
-    from .device import choose_device, choose_precision
+    from .device import choose_device
     from .dispatch import cases_on
-    from .trainer import Trainer, describe
+    from .execution import choose, describe
+    from .trainer import Trainer
 
     choose_device(config.device)
     tensors, info = {}, None
@@ -244,10 +250,10 @@ def train(config: TrainConfig) -> Path:
             f"{config.dataset} has the classes {', '.join(images.classes)}, but {folder} was "
             f"trained with {', '.join(info.get('classes', []))}: give --dataset with these folders"
         )
-    device = choose_device(config.device)
-    chosen = describe(model, device, choose_precision(config.precision, device))
+    execution = choose(config.device, config.precision, config.layout, config.compile)
+    device, chosen = execution.device, describe(model, execution)
     cli.make_writable(folder, "--out")
-    trainer = Trainer(config, model, diffusion, images, folder)
+    trainer = Trainer(config, model, diffusion, images, folder, execution)
     if info is not None:
         trainer.restore(tensors, info)
     tensors.clear()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import checkpoint, data
 from .cli import Failed
-from .device import autocast, choose_device, choose_precision
+from .execution import Execution, choose
 from .importance import LossAwareSampler
 from .metrics import Log
 
@@ -37,39 +37,29 @@ class Stopped(Failed):
     """A signal ended the training; the checkpoint is written. `code` is the shell's for it."""
 
 
-def describe(model, device: torch.device, precision: torch.dtype) -> str:
-    """Device, precision and the back ends that `auto` takes for the model's ops."""
-    from .dispatch import pick
-
-    dtype = str(precision).removeprefix("torch.")
-    if device.type == "cuda":
-        where = f"{device} ({torch.cuda.get_device_name(device)})"
-    else:
-        where = f"cpu ({torch.get_num_threads()} threads)"
-    x = torch.zeros(2, 32, 8, 8, device=device, dtype=precision)
-    x = x.to(memory_format=torch.channels_last)
-    heads = torch.zeros(2, 1, 64, 32, device=device, dtype=precision)
-    norm = pick("group_norm_silu", "auto", x, *[None] * 6, 8, 1e-5, True)
-    attention = pick("attention", "auto", heads, heads, heads, 0.2)
-    count = sum(p.numel() for p in model.parameters()) / 1e6
-    return (
-        f"{where}, {dtype}, U-Net of {count:.2f} M parameters; "
-        f"group_norm_silu: {norm}, attention: {attention}"
-    )
-
-
 # --- the loop -----------------------------------------------------------------------------------
 
 
 class Trainer:
     """The state of a run and what moves it: `run()` trains up to config.steps."""
 
-    def __init__(self, config: TrainConfig, model, diffusion, images: data.Images, folder: Path):
+    def __init__(
+        self,
+        config: TrainConfig,
+        model,
+        diffusion,
+        images: data.Images,
+        folder: Path,
+        execution: Execution | None = None,  # as the configuration says, unless given
+    ):
         """`model` is float32, in any layout; `restore` puts a checkpoint's state in."""
         self.config, self.diffusion, self.images, self.folder = config, diffusion, images, folder
-        self.device = choose_device(config.device)
-        self.precision = choose_precision(config.precision, self.device)
-        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.execution = execution or choose(
+            config.device, config.precision, config.layout, config.compile
+        )
+        self.device = self.execution.device
+        self.model = self.execution.prepared(model)
+        self.network = self.execution.network(self.model)
         self.parameters = dict(self.model.named_parameters())
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(
@@ -105,8 +95,8 @@ class Trainer:
             (t, weights), reduction = self.t_sampler.sample(n, generator), "none"
         torch.manual_seed(data.generator(seed, 3, index).initial_seed())  # dropout
         draw = {"t": t.to(self.device), "key": seed, "step": index}
-        with autocast(self.device, self.precision):
-            loss = self.diffusion.loss(self.model, x0, y=y, reduction=reduction, **draw)
+        with self.execution.autocast():
+            loss = self.diffusion.loss(self.network, x0, y=y, reduction=reduction, **draw)
         if self.t_sampler is None:
             return loss
         self.drawn.append((t, loss.detach()))
@@ -119,7 +109,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        x = x.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        x = x.to(self.device, memory_format=self.model.memory_format, non_blocking=True)
         y = y.to(self.device) if y is not None and c.classes else None
         total = torch.zeros((), device=self.device)
         micro = c.batch // c.accumulate
@@ -240,7 +230,7 @@ class Trainer:
         self.model.eval()
         self.copy_weights(self.ema)
         try:
-            with autocast(self.device, self.precision):
+            with self.execution.autocast():
                 return sample(
                     self.model,
                     self.diffusion,

@@ -5,7 +5,8 @@
     t, y ─ embedding ─► every ResBlock
 
 `Encoder` is its left half with the middle, of which the noisy classifier is made too; `blocks.py`
-has the parts. Images are (N, C, H, W) in channels_last memory throughout.
+has the parts. Images are (N, C, H, W) in channels_last memory throughout, unless the model's
+`memory_format` says otherwise.
 """
 
 from numbers import Integral, Real
@@ -33,6 +34,8 @@ class Encoder(nn.Module):
 
     config  the options of UNet; kept as `self.config`, in types that JSON knows
     """
+
+    memory_format = torch.channels_last  # of the images inside, and of the weights
 
     def __init__(self, config: dict) -> None:
         super().__init__()
@@ -85,7 +88,7 @@ class Encoder(nn.Module):
         return AttentionBlock(channels, heads, c["num_groups"], c["norm_eps"])
 
     def encode(self, x: Tensor, temb: Tensor) -> tuple[Tensor, list[Tensor]]:
-        h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        h = self.conv_in(x.contiguous(memory_format=self.memory_format))
         skips = [h]
         for level in self.down:
             for block, attention in zip(level.blocks, level.attentions, strict=True):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Inside engine, a module may import only from the layers before its own.
 LAYERS = (
     "device dispatch presets schedules layouts diffusers_config importance metrics decoded verdict",
-    "ops cli inception",
+    "ops cli inception execution",
     "likelihood blocks fashion_mnist pictures patterns",
     "diffusion unet data rewrite fused_scheduler",
     "prepacked coefficients guidance classifier curves backend diffusers_schedulers",

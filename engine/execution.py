@@ -1,0 +1,114 @@
+"""How a model is computed: device, precision, memory layout, compiled or not; chosen or asked for.
+
+Every choice of "auto" is printed in one line, and each can be overridden from the command line.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from .device import autocast, choose_device, choose_precision
+from .dispatch import pick
+
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+# glibc's mallopt (malloc.h); the values are the largest that it takes.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The choices; `prepared` and `autocast` carry them out."""
+
+    device: torch.device
+    precision: torch.dtype
+    layout: str
+    compiled: bool
+    prepacked: bool  # weights in oneDNN's own layout, while sampling on the CPU
+    keeps_memory: bool  # freed memory stays with the process
+
+    def prepared(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model on its device, in its layout."""
+        model.memory_format = LAYOUTS[self.layout]
+        return model.to(self.device, memory_format=model.memory_format)
+
+    def network(self, model: torch.nn.Module):
+        """What is called in the model's place: itself, or compiled; its weights are the model's."""
+        return torch.compile(model) if self.compiled else model
+
+    def autocast(self):
+        return autocast(self.device, self.precision)
+
+
+def choose(
+    device: str | None = None,
+    precision: str = "auto",
+    layout: str = "auto",
+    compiled: bool = False,
+    *,
+    sampling: bool = False,
+) -> Execution:
+    """The fastest way that is known here, with what was asked for in the place of each "auto".
+
+    device     cuda where there is one, else the CPU
+    precision  bf16 where the device has arithmetic for it (device.py)
+    layout     channels_last: convolutions and norms are faster, on the CPU by half of the step
+    compiled   not unless asked for: on two CPU cores a compiled U-Net took as long as ours within
+               some percent, and more than a minute to compile (benchmarks/results/cpu-unet.json)
+
+    Raises ValueError, one sentence, for a device that is not there.
+    """
+    where = choose_device(device)
+    return Execution(
+        device=where,
+        precision=choose_precision(precision, where),
+        layout="channels_last" if layout == "auto" else layout,
+        compiled=compiled,
+        prepacked=sampling and where.type == "cpu" and not compiled,
+        keeps_memory=where.type == "cpu" and keep_freed_memory(),
+    )
+
+
+def keep_freed_memory() -> bool:
+    """Lets the process keep the memory that it frees, for the next step; whether that worked.
+
+    A training step on the CPU frees and takes hundreds of megabytes. glibc hands large blocks back
+    to the system, which gives them again page by page: 39,000 page faults a step and a fifth of its
+    time on a U-Net of 6.8 M parameters at batch 32. Peak memory is the same. Elsewhere than on
+    Linux with glibc, or where the user has set malloc up, nothing is done.
+    """
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, LARGEST))
+
+
+def describe(model: torch.nn.Module, execution: Execution) -> str:
+    """One line: what was chosen, and the back ends that `auto` takes for the model's ops."""
+    e = execution
+    where = f"cpu ({torch.get_num_threads()} threads)"
+    if e.device.type == "cuda":
+        where = f"{e.device} ({torch.cuda.get_device_name(e.device)})"
+    x = torch.zeros(2, 32, 8, 8, device=e.device, dtype=e.precision)
+    x = x.to(memory_format=LAYOUTS[e.layout])
+    heads = torch.zeros(2, 1, 64, 32, device=e.device, dtype=e.precision)
+    norm = pick("group_norm_silu", "auto", x, *[None] * 6, 8, 1e-5, True)
+    attention = pick("attention", "auto", heads, heads, heads, 0.2)
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    parts = [where, str(e.precision).removeprefix("torch."), e.layout]
+    parts.append("torch.compile" if e.compiled else "not compiled")
+    parts += ["prepacked weights"] if e.prepacked else []
+    return (
+        f"{', '.join(parts)}; U-Net of {count:.2f} M parameters; "
+        f"group_norm_silu: {norm}, attention: {attention}"
+    )
