@@ -11,15 +11,18 @@ CPU and inference only; the weights are those of the moment when the twin first 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import Conv2d, Linear
+from .blocks import Conv2d, Linear, ResBlock
 from .unet import UNet
 
 DTYPES = (torch.float32, torch.bfloat16)
+# Elements of a pair below which it is quicker to concatenate it than to convolve twice.
+SMALL = 2**18
 
 
 def prepacked(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -35,7 +38,9 @@ def prepacked(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     where = {p.device.type for p in model.parameters()}
     if where - {"cpu"}:
         raise ValueError(f"prepacked weights are for the CPU, the model is on {', '.join(where)}")
-    return _twin(model, dtype)
+    twin = _twin(model, dtype)
+    _share(twin, dtype)
+    return twin
 
 
 def for_sampling(model: Callable, prepack: bool | str = "auto") -> Callable:
@@ -100,6 +105,46 @@ def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return twin
 
 
+def _share(twin: nn.Module, dtype: torch.dtype) -> None:
+    """One product for the time embeddings of all blocks: 22 small ones took a tenth of a step of
+    batch 1."""
+    blocks = [m for m in twin.modules() if isinstance(m, ResBlock)]
+    blocks = [block for block in blocks if isinstance(block.temb_proj, _PackedLinear)]
+    if len(blocks) < 2:
+        return
+    layers = [block.temb_proj.layer[0] for block in blocks]
+    whole = nn.utils.skip_init(Linear, layers[0].in_features, sum(n.out_features for n in layers))
+    whole.weight = nn.Parameter(torch.cat([n.weight.detach() for n in layers]), False)
+    whole.bias = nn.Parameter(torch.cat([n.bias.detach() for n in layers]), False)
+    product = _Product(_PackedLinear(whole, dtype))
+    end = 0
+    for block, layer in zip(blocks, layers, strict=True):
+        start, end = end, end + layer.out_features
+        block.temb_proj = _Slice(product, start, end)
+
+
+class _Product(nn.Module):
+    """The last product, kept until another input comes."""
+
+    def __init__(self, layer: _PackedLinear) -> None:
+        super().__init__()
+        self.layer, self.last = layer, threading.local()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if getattr(self.last, "x", None) is not x:
+            self.last.x, self.last.y = x, self.layer(x)
+        return self.last.y
+
+
+class _Slice(nn.Module):
+    def __init__(self, product: _Product, start: int, end: int) -> None:
+        super().__init__()
+        self.product, self.start, self.end = product, start, end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)[:, self.start : self.end]
+
+
 class _Packed(nn.Module):
     """Packs at its first call, for the size of image that it then sees; others are right too."""
 
@@ -118,13 +163,20 @@ class _Packed(nn.Module):
 
 
 class _PackedConv2d(_Packed):
+    def __init__(self, layer: Conv2d, dtype: torch.dtype) -> None:
+        super().__init__(layer, dtype)
+        self.packed = {}  # how many images are read as one → the weights of each
+
     def forward(self, x: Tensor | tuple[Tensor, Tensor], add: Tensor | None = None) -> Tensor:
         parts = x if isinstance(x, tuple) else (x,)
+        if len(parts) == 2 and parts[0].numel() + parts[1].numel() < SMALL:
+            parts = (torch.cat(parts, dim=1),)
         if parts[0].dtype != self.dtype:
             parts = [part.to(self.dtype) for part in parts]
-        if self.packed is None:
-            self.packed = self.pack(parts)
-        for part, (weight, bias) in zip(parts, self.packed, strict=True):
+        packed = self.packed.get(len(parts))
+        if packed is None:
+            packed = self.packed[len(parts)] = self.pack(parts)
+        for part, (weight, bias) in zip(parts, packed, strict=True):
             if add is None:
                 add = torch.ops.mkldnn._convolution_pointwise(
                     part, weight, bias, *self.geometry, "none", [], ""

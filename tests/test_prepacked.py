@@ -8,7 +8,7 @@ from budget import FORWARD, assert_within_budget
 from small_unet import OPTIONS, SMALL, alive, inputs
 
 import engine
-from engine.blocks import Conv2d, Linear
+from engine.blocks import Conv2d, Linear, ResBlock
 from engine.prepacked import for_sampling, prepacked
 
 BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -35,6 +35,20 @@ def test_twin_within_budget(option, dtype):
         assert_within_budget(out, truth[:rows], plain[:rows], factor=FORWARD)
 
 
+@pytest.mark.parametrize("small", [0, 2**18])
+def test_pairs_are_concatenated_where_they_are_small(monkeypatch, small):
+    """Either way the same; one twin may see both, as the batch changes."""
+    monkeypatch.setattr("engine.prepacked.SMALL", small)
+    model = unet()
+    x, t, y = inputs(model)
+    twin = prepacked(model, torch.float32)
+    with torch.inference_mode():
+        expected = model(x, t, y)
+        assert torch.allclose(twin(x, t, y), expected, atol=1e-5)
+        monkeypatch.setattr("engine.prepacked.SMALL", 2**18 - small)
+        assert torch.allclose(twin(x, t, y), expected, atol=1e-5)
+
+
 @needs_bf16
 def test_twin_rounds_less_than_autocast():
     """A residual is added before the convolution's result is rounded, not after."""
@@ -56,8 +70,10 @@ def test_every_layer_is_packed_and_the_model_untouched():
     with torch.inference_mode():
         twin(x, t, y)
     layers = [m for m in model.modules() if isinstance(m, Conv2d | Linear)]
-    packed = [m for m in twin.modules() if hasattr(m, "packed")]
-    assert len(packed) == len(layers) > 10 and all(m.packed is not None for m in packed)
+    blocks = [m for m in model.modules() if isinstance(m, ResBlock)]
+    packed = {m for m in twin.modules() if hasattr(m, "packed")}
+    assert len(packed) == len(layers) - len(blocks) + 1 > 10  # one for all time embeddings
+    assert all(m.packed for m in packed)
     assert not [m for m in twin.modules() if isinstance(m, Conv2d | Linear)]
     assert list(model.state_dict()) == keys and [type(m) for m in model.modules()] == before
     assert all(p.requires_grad for p in model.parameters())
