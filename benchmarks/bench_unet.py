@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import profile_unet
 import pytest
 import torch
 
@@ -204,6 +205,24 @@ def bench_training_step(benchmark, name, batch):
     benchmark.pedantic(steps["ours"], rounds=1)
 
 
+@pytest.mark.parametrize("phase", ["forward", "training"])
+def bench_profile(benchmark, phase):
+    """Operator by operator; ours as it is called, diffusers as it is."""
+    theirs, ours = pair("small")
+    x, t = inputs("small", 32)
+    if phase == "training":
+        calls = {"ours": Training(ours, "small", 32), "diffusers": Training(theirs, "small", 32)}
+        found = {each: profile_unet.times(call, 3) for each, call in calls.items()}
+    else:
+        twin, low = prepacked(ours.eval(), BF16), x.to(BF16)
+        theirs = theirs.to(BF16).eval()
+        calls = {"ours": lambda: twin(low, t), "diffusers": lambda: theirs(low, t).sample}
+        with torch.inference_mode():
+            found = {each: profile_unet.times(call) for each, call in calls.items()}
+    benchmark.extra_info.update(milliseconds=found, batch=32)
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
 def peak_memory(whose: str, name: str, batch: int) -> int:
     """MB that three steps of training need at their peak beyond a process with the model in it."""
     return child("memory", whose, name, batch)["peak_mb"]
@@ -230,25 +249,28 @@ def bench_denoising_step_without_avx512(benchmark, capability):
     benchmark.pedantic(lambda: None, rounds=1)
 
 
+def resident(field: str) -> int:
+    """Bytes. getrusage's peak would be that of the process that started this one, if larger."""
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
 def main(kind: str, *args: str) -> dict:
     """What a process of its own measures."""
     import conftest  # noqa: F401  the same malloc for all
 
     if kind == "memory":
-        import resource
-
         whose, name, batch = args
         theirs, ours = pair(name)
         model = ours if whose == "ours" else theirs
         del theirs, ours
         gc.collect()
-        with open("/proc/self/statm") as file:
-            before = int(file.read().split()[1]) * resource.getpagesize()
+        before = resident("VmRSS")
         step = Training(model, name, int(batch))
         for _ in range(3):
             step()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"peak_mb": round((peak - before) / 1e6)}
+        return {"peak_mb": round((resident("VmHWM") - before) / 1e6)}
     name, batch = args
     theirs, ours = (model.eval() for model in pair(name))
     x, t = inputs(name, int(batch))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cpu_plot
 import gpu_report
+import unet_report
 from gpu_results import RESULTS, ROOT, SCHEMA
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -114,9 +115,14 @@ def main(arguments: list[str] | None = None) -> None:
     if on_cpu:
         full += [*NOTES, ""]
     for result in on_cpu:
-        benchmarks = result["benchmarks"]
+        benchmarks = [b for b in result["benchmarks"] if not unet_report.is_unet(b)]
         full += [f"## {device(result)}", ""]
-        if picture := cpu_plot.draw(result, folder):
+        whole = unet_report.tables(result["benchmarks"])
+        full += whole
+        short += whole
+        if not benchmarks:
+            continue
+        if picture := cpu_plot.draw({**result, "benchmarks": benchmarks}, folder):
             full += [f"![times as fast]({picture})", ""]
         full += [*summary(benchmarks), "", *table(benchmarks), ""]
         chosen = [b for b in benchmarks if b["name"] in HEADLINE]
