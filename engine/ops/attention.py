@@ -22,7 +22,7 @@ def attention(
 ) -> Tensor:
     """out = softmax(q kᵀ · scale) v, scale 1/√D unless given. Returns (N, heads, S, D) in q.dtype.
 
-    Softmax and sums in float32. Differentiable in q, k, v. The triton kernels write out in memory
+    Softmax and sums in float32. Differentiable in q, k, v. The kernels write out in memory
     order (N, S, heads, D), so that merging the heads costs nothing.
     Raises ValueError for shapes, dtypes or devices that do not fit, BackendError (RuntimeError)
     when an explicit impl cannot serve.
@@ -54,7 +54,7 @@ def attention_qkv(
     order says what the 3·heads·D channels are, slowest first: "3hd" all of q, of k, of v; "h3d"
     q, k, v of each head (guided-diffusion's legacy order); "hd3" q, k, v of each element.
     Returns (N, S, heads·D), head by head, in qkv.dtype; softmax and sums in float32.
-    Differentiable in qkv. The triton kernels read qkv and write its gradient, one tensor of qkv's
+    Differentiable in qkv. The kernels read qkv and write its gradient, one tensor of qkv's
     layout, in place: nothing is transposed or concatenated. "hd3" is read with stride 3 along D,
     two bytes at a time: slower than the others, still without a copy. Only a qkv whose channels are
     not its fast dimension is copied once.
