@@ -140,6 +140,39 @@ py::dict rms_norm_silu_bwd(const py::array& dy, bool dy_channels_last, const py:
   return result;
 }
 
+// (N, H, S, D), any strides.
+engine::AttentionView heads(const py::array& t) {
+  const auto stride = [&](int i) { return t.strides(i) / t.itemsize(); };
+  return {const_cast<void*>(t.data()), stride(0), stride(1), stride(2), stride(3)};
+}
+engine::Attention attention_params(const py::array& q, const py::array& k, const py::array& v,
+                                   float scale) {
+  return {dtype_of(q), q.shape(0), q.shape(1), q.shape(2), k.shape(2),
+          q.shape(3),  heads(q),   heads(k),   heads(v),   scale};
+}
+
+py::tuple attention_fwd(const py::array& q, const py::array& k, const py::array& v, float scale,
+                        int threads) {
+  const auto p = attention_params(q, k, v, scale);
+  py::array out = like(q);
+  py::array_t<float> lse({p.N, p.H, p.S});
+  engine::attention_fwd_cpu(p, heads(out), lse.mutable_data(), threads_of(threads));
+  return py::make_tuple(out, lse);
+}
+
+py::dict attention_bwd(const py::array& dout, const py::array& q, const py::array& k,
+                       const py::array& v, const py::array& out, py::array_t<float> lse,
+                       float scale, int threads) {
+  const auto p = attention_params(q, k, v, scale);
+  py::array dq = like(q), dk = like(k), dv = like(v);
+  engine::attention_bwd_cpu(p,
+                            {heads(dout), heads(out), lse.data(), heads(dq), heads(dk), heads(dv)},
+                            threads_of(threads));
+  py::dict result;
+  result["q"] = dq, result["k"] = dk, result["v"] = dv;
+  return result;
+}
+
 void noise(py::array out, int64_t seed, int64_t step, uint32_t stream, int64_t offset,
            int threads) {
   engine::noise_cpu(out.mutable_data(), dtype_of(out), out.size(), &seed, &step, stream, offset,
@@ -233,6 +266,8 @@ PYBIND11_MODULE(native_module, m) {
   m.def("group_norm_silu_bwd", &group_norm_silu_bwd);
   m.def("rms_norm_silu_fwd", &rms_norm_silu_fwd);
   m.def("rms_norm_silu_bwd", &rms_norm_silu_bwd);
+  m.def("attention_fwd", &attention_fwd);
+  m.def("attention_bwd", &attention_bwd);
   m.def("noise", &noise);
   m.def("scalar_noise", &scalar_noise);
   m.def("philox_words", &philox_words);

@@ -39,9 +39,24 @@ struct AttentionRows {
   void* data;
   int64_t s, d;
 };
+struct FloatRows {
+  const float* data;
+  int64_t s;
+};
 inline AttentionRows rows_of(const AttentionView& view, int64_t n, int64_t h, int64_t s,
                              int64_t size) {
   return {head_of(view, n, h, size) + s * view.s * size, view.s, view.d};
+}
+
+// The cache lines of `rows` rows, into L2; `write`: with the right to write them. Heads lie in
+// pieces of D elements, which the hardware does not fetch ahead.
+template <bool write = false>
+inline void prefetch_rows(const AttentionRows& at, int64_t rows, int64_t D, int64_t size) {
+  const char* row = static_cast<const char*>(at.data);
+  const int64_t bytes = ((D - 1) * at.d + 1) * size;
+  for (int64_t r = 0; r < rows; ++r, row += at.s * size) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, write, 2);
+  }
 }
 
 // The loops of attention.cpp that are compiled per instruction set, for one dtype.
@@ -51,8 +66,9 @@ struct AttentionLoops {
 
   // (rows, D) floats; kSlack floats past them are overwritten.
   void (*to_float)(float* to, const AttentionRows& from, int64_t rows, int64_t D);
-  void (*block)(const AttentionRows& q, int64_t rows, const float* K, const float* V, int64_t Sk,
-                int64_t D, float scale, const AttentionRows& out, float* lse, float* scratch);
+  void (*block)(const AttentionRows& q, int64_t rows, const FloatRows& K, const FloatRows& V,
+                int64_t Sk, int64_t D, float scale, const AttentionRows& out, float* lse,
+                float* scratch);
 };
 
 // The loops of attention_bwd.cpp. Q, dO, and dQ with rows of `pitch(D)`, are of all S queries.

@@ -45,7 +45,7 @@ ENGINE_INLINE void soft_weights(float* P, int64_t keys, float c, F* m, F* total,
 // out and lse of `rows` <= NV * W queries, which lie along lanes: no sum runs across a vector.
 // scratch: 2 * D + kKeys + kTileRows rows of NV * W.
 template <class T, int NV>
-void attention_block(const AttentionRows& q, int64_t rows, const float* K, const float* V,
+void attention_block(const AttentionRows& q, int64_t rows, const FloatRows& K, const FloatRows& V,
                      int64_t Sk, int64_t D, float scale, const AttentionRows& out, float* lse,
                      float* scratch) {
   constexpr int L = NV * W;
@@ -62,12 +62,12 @@ void attention_block(const AttentionRows& q, int64_t rows, const float* K, const
   const int64_t step = ((Sk + parts - 1) / parts + kTileRows - 1) / kTileRows * kTileRows;
   for (int64_t k0 = 0; k0 < Sk; k0 += step) {
     const int64_t keys = Sk - k0 < step ? Sk - k0 : step;
-    product<NV, true, Into::zero>(keys, D, K + k0 * D, D, Q, L, P, L);
+    product<NV, true, Into::zero>(keys, D, K.data + k0 * K.s, K.s, Q, L, P, L);
     soft_weights<T, NV>(P, keys, c, m, total, factor);
     if (k0 == 0) {
-      product<NV, false, Into::zero>(D, keys, V, D, P, L, O, L);
+      product<NV, false, Into::zero>(D, keys, V.data, V.s, P, L, O, L);
     } else {
-      product<NV, false, Into::scaled>(D, keys, V + k0 * D, D, P, L, O, L, factor);
+      product<NV, false, Into::scaled>(D, keys, V.data + k0 * V.s, V.s, P, L, O, L, factor);
     }
   }
   ENGINE_UNROLL
@@ -82,7 +82,7 @@ void attention_block(const AttentionRows& q, int64_t rows, const float* K, const
 }
 
 template <class T>
-void attention_queries(const AttentionRows& q, int64_t rows, const float* K, const float* V,
+void attention_queries(const AttentionRows& q, int64_t rows, const FloatRows& K, const FloatRows& V,
                        int64_t Sk, int64_t D, float scale, const AttentionRows& out, float* lse,
                        float* scratch) {
   if (rows > W) {
