@@ -59,12 +59,15 @@ inline void prefetch_rows(const AttentionRows& at, int64_t rows, int64_t D, int6
   }
 }
 
+// Room for n floats and a vector past them, whole cache lines.
+inline int64_t room(int64_t n) { return (n + 31) / 16 * 16; }
+
 // The loops of attention.cpp that are compiled per instruction set, for one dtype.
 struct AttentionLoops {
   int64_t queries;                // of a block
   int64_t (*scratch)(int64_t D);  // floats
 
-  // (rows, D) floats; kSlack floats past them are overwritten.
+  // (rows, D) floats; a vector past them is overwritten.
   void (*to_float)(float* to, const AttentionRows& from, int64_t rows, int64_t D);
   void (*block)(const AttentionRows& q, int64_t rows, const FloatRows& K, const FloatRows& V,
                 int64_t Sk, int64_t D, float scale, const AttentionRows& out, float* lse,
@@ -89,7 +92,5 @@ struct AttentionGradLoops {
   void (*finish)(const AttentionRows& to, const float* from, int64_t parts, int64_t apart,
                  int64_t rows, int64_t D, float scale);
 };
-
-constexpr int64_t kSlack = 16;  // floats: a vector
 
 }  // namespace engine

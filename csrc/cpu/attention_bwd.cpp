@@ -35,13 +35,13 @@ void attention_bwd_cpu(const Attention& p, const AttentionGrads& grads,
   const AttentionGradLoops& loops = ENGINE_PICK(attention_grad_loops)(p.dtype);
   const int64_t size = size_of(p.dtype), parts = parts_of(p), ld = loops.pitch(p.D);
   const int64_t blocks = (p.Sk + loops.keys - 1) / loops.keys;
-  const int64_t head = p.S * p.D + kSlack, sums = p.S * ld;
+  const int64_t head = room(p.S * p.D), sums = p.S * ld;
   std::unique_ptr<float[]> partial(parts > 1 ? new float[p.N * p.H * parts * sums] : nullptr);
   const int64_t cost = p.S * (p.Sk / parts + 1) * (p.D + 8) / 4;
   parallel_for(p.N * p.H * parts, grain_of(cost), [&](int64_t begin, int64_t end) {
-    const int64_t floats = 2 * head + p.S + kSlack + sums + loops.scratch(p.D);
+    const int64_t floats = 2 * head + room(p.S) + sums + loops.scratch(p.D);
     float* Q = reinterpret_cast<float*>(attention_scratch(floats * sizeof(float)));
-    float *dO = Q + head, *delta = dO + head, *kept = delta + p.S + kSlack, *rest = kept + sums;
+    float *dO = Q + head, *delta = dO + head, *kept = delta + room(p.S), *rest = kept + sums;
     int64_t held = -1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t nh = item / parts, part = item % parts, n = nh / p.H, h = nh % p.H;

@@ -32,6 +32,7 @@ ENGINE_INLINE void tile(int64_t K, const float* A, int64_t lda, const float* B, 
     }
   }
   const float *a0 = A, *a1 = A + 4 * lda, *a2 = A + 8 * lda;  // four rows per pointer
+  ENGINE_UNROLL_FOUR
   for (int64_t k = 0; k < K; ++k) {
     F b[NV];
     ENGINE_UNROLL

@@ -17,8 +17,10 @@
 #define ENGINE_INLINE inline __attribute__((always_inline))
 #ifdef __clang__
 #define ENGINE_UNROLL _Pragma("unroll")
+#define ENGINE_UNROLL_FOUR _Pragma("unroll 4")
 #else
 #define ENGINE_UNROLL _Pragma("GCC unroll 16")
+#define ENGINE_UNROLL_FOUR _Pragma("GCC unroll 4")
 #endif
 
 namespace engine {
