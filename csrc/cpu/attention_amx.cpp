@@ -206,7 +206,7 @@ void block(const Forward& f, int64_t n, int64_t h, int64_t row) {
     const __m512 factor = _mm512_div_ps(_mm512_set1_ps(1.0f), sum[t]);
     const float* o = reinterpret_cast<const float*>(f.o) + t * kTile;
     for (int64_t d = 0; d < p.D; d += 32) {
-      store_transposed(f.out, head, row + t * kTile, p.S, d, p.D, o, QT, factor);
+      store_transposed<0>(f.out, head, row + t * kTile, p.S, d, p.D, o, QT, factor);
     }
     if (f.lse == nullptr) continue;
     const __m512 value =

@@ -279,11 +279,22 @@ ENGINE_INLINE __m512i pair_up(__m512 even, __m512 odd) {
   return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
-// Rows [row, row + 16) of a head, columns [d, d + 32), of which only the existing are written:
-// column c of row i is by_column[c * 16 * pitch + i] * factor[i].
-inline void store_transposed(const AttentionView& view, char* head, int64_t row, int64_t rows,
-                             int64_t d, int64_t D, const float* by_column, int64_t pitch,
-                             __m512 factor) {
+// Elements [d, d + 32) of a row of a head, of which only the existing are written.
+ENGINE_INLINE void store_words(const AttentionView& view, char* head, int64_t row, int64_t d,
+                               int64_t D, __m512i words) {
+  uint16_t* to = reinterpret_cast<uint16_t*>(head) + row * view.s + d * view.d;
+  if (view.d == 1) return _mm512_mask_storeu_epi16(to, words_mask(D - d), words);
+  uint16_t each[32];
+  _mm512_storeu_si512(each, words);
+  for (int64_t c = 0; c < 32 && d + c < D; ++c) to[c * view.d] = each[c];
+}
+
+// Sixteen rows of a head, columns [d, d + 32), from columns: element (i, c) is
+// by_column[c * 16 * pitch + i] * factor[i]. The rows are row + i or, kGap 4, every other four:
+// row + 8 (i / 4) + i % 4.
+template <int kGap>
+void store_transposed(const AttentionView& view, char* head, int64_t row, int64_t rows, int64_t d,
+                      int64_t D, const float* by_column, int64_t pitch, __m512 factor) {
   __m512i r[16];
   const int64_t pairs = (D - d + 1) / 2;
   ENGINE_UNROLL
@@ -295,16 +306,9 @@ inline void store_transposed(const AttentionView& view, char* head, int64_t row,
                    _mm512_mul_ps(load_floats(at + 16 * pitch), factor));
   }
   transpose(r);
-  const __mmask32 mask = words_mask(D - d);
-  for (int i = 0; i < 16 && row + i < rows; ++i) {
-    uint16_t* to = reinterpret_cast<uint16_t*>(head) + (row + i) * view.s + d * view.d;
-    if (view.d == 1) {
-      _mm512_mask_storeu_epi16(to, mask, r[i]);
-    } else {
-      uint16_t words[32];
-      _mm512_storeu_si512(words, r[i]);
-      for (int64_t c = 0; c < 32 && d + c < D; ++c) to[c * view.d] = words[c];
-    }
+  for (int i = 0; i < 16; ++i) {
+    const int64_t at = row + i + i / 4 * kGap;
+    if (at < rows) store_words(view, head, at, d, D, r[i]);
   }
 }
 
