@@ -3,15 +3,15 @@
 //   out = softmax(q k^T * scale) v,  lse = ln sum exp(q k^T * scale)
 //
 // Blocking: 32 queries at a time, against blocks of 256 keys. Everything is computed transposed,
-// S^T = K Q^T and O^T = V^T P^T: a query is a lane, so maximum and sum of a row are vertical, and P^T
-// is B of the second product after one permutation. K and V^T are packed once per head (and range of
-// a thread), Q once per 32 queries; S^T stays in L1 and P^T takes its place. Over several blocks of
-// keys the sums are rescaled to the running maximum.
-// Precision: products of bfloat16 summed in float32, softmax in float32, P rounded to bfloat16, the
-// sum of a row of what was not rounded. -inf, NaN and overflow go the way of plain softmax.
-// Parallel: over blocks of queries; each has one writer and its own order, so threads change no bit.
-// Saved: lse. Refused: nothing of bfloat16.
-// Bound: below D = 64 by the exponentials, 8 operations for 16 of them; then by the tiles' products.
+// S^T = K Q^T and O^T = V^T P^T: a query is a lane, so maximum and sum of a row are vertical, and
+// P^T is B of the second product after one permutation. K and V^T are packed once per head (and
+// range of a thread), Q once per 32 queries; S^T stays in L1 and P^T takes its place. Over several
+// blocks of keys the sums are rescaled to the running maximum. Precision: products of bfloat16
+// summed in float32, softmax in float32, P rounded to bfloat16, the sum of a row of what was not
+// rounded. -inf, NaN and overflow go the way of plain softmax. Parallel: over blocks of queries;
+// each has one writer and its own order, so threads change no bit. Saved: lse. Refused: nothing of
+// bfloat16. Bound: below D = 64 by the exponentials, 8 operations for 16 of them; then by the
+// tiles' products.
 #include "attention_amx.h"
 
 #include "attention.h"
@@ -24,7 +24,7 @@
 #include "attention_amx_tiles.h"
 
 #ifdef __clang__
-#pragma clang attribute push(                                                           \
+#pragma clang attribute push(                                                               \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), \
     apply_to = function)
 #else
@@ -139,8 +139,7 @@ void exponentials(const Forward& f, int64_t rows, const __m512* base, __m512* su
   for (int64_t i = 0; i < rows; i += 2, from += 2 * stride, to += stride) {
     ENGINE_UNROLL
     for (int t = 0; t < QT; ++t) {
-      const __m512 even =
-          exp2(_mm512_fmsub_ps(load_floats(from + t * kLine), scale, start[t]));
+      const __m512 even = exp2(_mm512_fmsub_ps(load_floats(from + t * kLine), scale, start[t]));
       const __m512 odd =
           exp2(_mm512_fmsub_ps(load_floats(from + stride + t * kLine), scale, start[t]));
       sum[t] = _mm512_add_ps(sum[t], _mm512_add_ps(even, odd));
@@ -180,15 +179,14 @@ void block(const Forward& f, int64_t n, int64_t h, int64_t row) {
     for (int t = 0; t < QT; ++t) before[t] = top[t];
     scores<QT>(f, key, rows, p.Sk, top);
     for (int t = 0; t < QT; ++t) {  // of nothing but -inf so far: every P is 0
-      const __mmask16 none =
-          _mm512_cmp_ps_mask(top[t], _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ);
+      const __mmask16 none = _mm512_cmp_ps_mask(top[t], _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ);
       base[t] = _mm512_mask_mov_ps(top[t], none, _mm512_setzero_ps());
     }
     if (key > 0) {
       __m512 factor[QT];
       for (int t = 0; t < QT; ++t) {
-        factor[t] =
-            exp2(_mm512_mul_ps(_mm512_sub_ps(before[t], base[t]), _mm512_set1_ps(f.scale)));
+        const __m512 fall = _mm512_sub_ps(before[t], base[t]);
+        factor[t] = exp2_of_factor(_mm512_mul_ps(fall, _mm512_set1_ps(f.scale)));
         sum[t] = _mm512_mul_ps(sum[t], factor[t]);
       }
       for (int64_t i = 0; i < f.columns * QT; ++i) {
@@ -209,8 +207,7 @@ void block(const Forward& f, int64_t n, int64_t h, int64_t row) {
       store_transposed<0>(f.out, head, row + t * kTile, p.S, d, p.D, o, QT, factor);
     }
     if (f.lse == nullptr) continue;
-    const __m512 value =
-        _mm512_fmadd_ps(top[t], _mm512_set1_ps(std::fabs(p.scale)), log(sum[t]));
+    const __m512 value = _mm512_fmadd_ps(top[t], _mm512_set1_ps(std::fabs(p.scale)), log(sum[t]));
     _mm512_mask_storeu_ps(f.lse + (n * p.H + h) * p.S + row + t * kTile,
                           lanes_mask(count - t * kTile), value);
   }
@@ -256,4 +253,10 @@ void attention_fwd_amx(const Attention& p, const AttentionView& out, float* lse,
 }
 
 }  // namespace engine
-#endif  // ENGINE_AMX
+#else  // this compiler cannot, and nobody calls
+
+namespace engine {
+bool attention_amx_available() { return false; }
+void attention_fwd_amx(const Attention&, const AttentionView&, float*, const ParallelFor&) {}
+}  // namespace engine
+#endif

@@ -17,7 +17,7 @@
 #include "isa.h"
 
 #ifdef __clang__
-#pragma clang attribute push(                                                           \
+#pragma clang attribute push(                                                               \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), \
     apply_to = function)
 #else
@@ -254,6 +254,17 @@ ENGINE_INLINE __m512 exp2(__m512 z) {
   __m512 e = _mm512_fmadd_ps(r, _mm512_set1_ps(0.0780245220f), _mm512_set1_ps(0.2260671564f));
   e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.6958335402f));
   e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.9999252186f));
+  return _mm512_scalef_ps(e, z);
+}
+
+// The same to 1e-7 and exact of 0: for what is multiplied once per block of keys.
+inline __m512 exp2_of_factor(__m512 z) {
+  const __m512 r = _mm512_reduce_ps(z, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 e = _mm512_fmadd_ps(r, _mm512_set1_ps(0.0018665516f), _mm512_set1_ps(0.0090182797f));
+  e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.0557990424f));
+  e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.2401646550f));
+  e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(0.6931513042f));
+  e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(1.0f));
   return _mm512_scalef_ps(e, z);
 }
 

@@ -4,14 +4,13 @@
 //   dv = P^T dout,  dk = dS^T q * scale,  dq = dS k * scale
 //
 // Blocking: per head, up to 256 queries at a time (a chunk, fewer where keys are many), against
-// blocks of 32 keys. S^T = K Q^T and dP^T = V dO^T have keys as rows and queries as lanes; rounded to
-// bfloat16, their rows are A of dV and dK, whose sums over the chunk stay in tiles, and paired by keys
-// B of dQ^T = K^T dS^T, made once all keys of the chunk are through. -delta is what the sum of dP
-// starts from. Over several chunks dK and dV add up in float32.
-// Precision: P and dS are rounded to bfloat16 as factors, all sums are of float32.
-// Parallel: over heads; threads change no bit. Read: q, k, v, out, dout, lse. Refused: nothing of
-// bfloat16.
-// Bound: 15 vector operations for 16 elements of P, and the tiles' five products.
+// blocks of 32 keys. S^T = K Q^T and dP^T = V dO^T have keys as rows and queries as lanes; rounded
+// to bfloat16, their rows are A of dV and dK, whose sums over the chunk stay in tiles, and paired
+// by keys B of dQ^T = K^T dS^T, made once all keys of the chunk are through. -delta is what the sum
+// of dP starts from. Over several chunks dK and dV add up in float32. Precision: P and dS are
+// rounded to bfloat16 as factors, all sums are of float32. Parallel: over heads; threads change no
+// bit. Read: q, k, v, out, dout, lse. Refused: nothing of bfloat16. Bound: 15 vector operations for
+// 16 elements of P, and the tiles' five products.
 #include "attention.h"
 #include "attention_amx.h"
 #include "isa.h"
@@ -23,7 +22,7 @@
 #include "attention_amx_tiles.h"
 
 #ifdef __clang__
-#pragma clang attribute push(                                                           \
+#pragma clang attribute push(                                                               \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), \
     apply_to = function)
 #else
@@ -74,8 +73,8 @@ struct Backward {
     s = take(32 * 32 * 4), dp = take(32 * 32 * 4), dq = take(columns * 32 * 4);
     dk = take((single ? 32 : keys) * columns * 4), dv = take((single ? 32 : keys) * columns * 4);
     const int64_t longest = keys > p.S ? keys : p.S;
-    const bool plain = p.q.d == 1 && p.k.d == 1 && p.v.d == 1 && grads.out.d == 1 &&
-                       grads.dout.d == 1;
+    const bool plain =
+        p.q.d == 1 && p.k.d == 1 && p.v.d == 1 && grads.out.d == 1 && grads.dout.d == 1;
     dense = take(plain ? 0 : 3 * longest * p.D * 2);
     return at - base;
   }
@@ -132,12 +131,14 @@ ENGINE_INLINE __m512 exponent(__m512 s, __m512 scale, __m512 start) {
   const __m512 z = _mm512_fmsub_ps(s, scale, start);
   if constexpr (!kHugeScores) return z;
   const __m512 doubt = _mm512_mul_ps(_mm512_abs_ps(start), _mm512_set1_ps(0x1p-21f));
-  const __mmask16 same = _mm512_cmp_ps_mask(z, _mm512_sub_ps(_mm512_setzero_ps(), doubt), _CMP_GE_OQ);
+  const __mmask16 same =
+      _mm512_cmp_ps_mask(z, _mm512_sub_ps(_mm512_setzero_ps(), doubt), _CMP_GE_OQ);
   return _mm512_mask_mov_ps(z, same, _mm512_setzero_ps());  // NaN stays
 }
 
 // P and dS of 32 keys and 32 queries, from scores and dP - delta: as rows, and dS paired as well.
-// The instruction that pairs takes queries 8 i + (0..3) to the first tile, 8 i + (4..7) to the second.
+// The instruction that pairs takes queries 8 i + (0..3) to the first tile, 8 i + (4..7) to the
+// second.
 template <bool kHugeScores>
 void weigh(const Backward& f, const float* starts, char* p_rows, char* ds_rows, int64_t next_rows,
            char* paired, int64_t next_paired) {
@@ -185,8 +186,8 @@ static void block(const Backward& f, int64_t b, int64_t key) {
     _mm512_storeu_ps(f.s + i * stride, _mm512_set1_ps(-INFINITY));
     _mm512_storeu_ps(f.s + i * stride + kLine, _mm512_set1_ps(-INFINITY));
   }
-  const __m512 most = _mm512_max_ps(_mm512_abs_ps(load_floats(start)),
-                                    _mm512_abs_ps(load_floats(start + kTile)));
+  const __m512 most =
+      _mm512_max_ps(_mm512_abs_ps(load_floats(start)), _mm512_abs_ps(load_floats(start + kTile)));
   const __m512 infinite = _mm512_set1_ps(INFINITY);  // of queries that do not exist
   const __mmask16 huge = _mm512_cmp_ps_mask(most, _mm512_set1_ps(1 << 20), _CMP_GT_OQ) &
                          _mm512_cmp_ps_mask(most, infinite, _CMP_LT_OQ);
@@ -311,4 +312,8 @@ void attention_bwd_amx(const Attention& p, const AttentionGrads& grads,
 }
 
 }  // namespace engine
-#endif  // ENGINE_AMX
+#else
+namespace engine {
+void attention_bwd_amx(const Attention&, const AttentionGrads&, const ParallelFor&) {}
+}  // namespace engine
+#endif

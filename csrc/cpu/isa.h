@@ -37,8 +37,8 @@ enum Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 int isa_level();
 void limit_isa_level(int level);
 
-// kAvx512, and this machine has AMX tiles of bfloat16, the system grants them, and no test asked for
-// a level below kAmx.
+// kAvx512, and this machine has AMX tiles of bfloat16, the system grants them, and no test asked
+// for a level below kAmx.
 bool amx_allowed();
 
 // parallel_for with a bound on the work per thread: `cost` elements of work per item.
