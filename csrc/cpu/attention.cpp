@@ -13,6 +13,7 @@
 // exponential.
 #include "attention.h"
 
+#include "attention_amx.h"
 #include "group_norm_silu_units.h"
 #include "isa.h"
 #define ENGINE_KERNELS "attention_loops.h"
@@ -35,6 +36,9 @@ FloatRows float_rows(const AttentionRows& rows, const Attention& p, Copy copy, f
 
 void attention_fwd_cpu(const Attention& p, const AttentionView& out, float* lse,
                        const ParallelFor& parallel_for) {
+  if (p.dtype == DType::bf16 && attention_amx_available()) {
+    return attention_fwd_amx(p, out, lse, parallel_for);
+  }
   const AttentionLoops& loops = ENGINE_PICK(attention_loops)(p.dtype);
   const int64_t size = size_of(p.dtype), blocks = (p.S + loops.queries - 1) / loops.queries;
   const int64_t head = room(p.Sk * p.D), items = p.N * p.H * blocks;

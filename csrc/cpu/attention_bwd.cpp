@@ -11,6 +11,7 @@
 #include <memory>
 
 #include "attention.h"
+#include "attention_amx.h"
 #include "group_norm_silu_units.h"
 #include "isa.h"
 #define ENGINE_KERNELS "attention_bwd_loops.h"
@@ -32,6 +33,9 @@ int64_t parts_of(const Attention& p) {
 
 void attention_bwd_cpu(const Attention& p, const AttentionGrads& grads,
                        const ParallelFor& parallel_for) {
+  if (p.dtype == DType::bf16 && attention_amx_available()) {
+    return attention_bwd_amx(p, grads, parallel_for);
+  }
   const AttentionGradLoops& loops = ENGINE_PICK(attention_grad_loops)(p.dtype);
   const int64_t size = size_of(p.dtype), parts = parts_of(p), ld = loops.pitch(p.D);
   const int64_t blocks = (p.Sk + loops.keys - 1) / loops.keys;
