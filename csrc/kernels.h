@@ -120,6 +120,32 @@ void rms_norm_silu_bwd_cpu(const RmsNormSilu& p, const void* dy, bool dy_channel
                            const float* rstd, float* workspace, const RmsNormSiluGrads& grads,
                            const ParallelFor& parallel_for);
 
+// out = softmax(q k^T * scale) v per head. Element (n, h, s, d) of a view lies at
+// n * n_stride + h * h_stride + s * s_stride + d * d_stride, in elements (the fields n, h, s, d).
+struct AttentionView {
+  void* data = nullptr;  // written where the view is a result
+  int64_t n = 0, h = 0, s = 0;
+  int64_t d = 1;  // 3: packed qkv of order "hd3"
+};
+struct Attention {
+  DType dtype;             // of every view
+  int64_t N, H, S, Sk, D;  // none is 0
+  AttentionView q;         // (N, H, S, D)
+  AttentionView k, v;      // (N, H, Sk, D)
+  float scale;
+};
+// out: (N, H, S, D). lse: (N, H, S) contiguous, ln sum exp(q k^T * scale); null: not wanted.
+void attention_fwd_cpu(const Attention& p, const AttentionView& out, float* lse,
+                       const ParallelFor& parallel_for);
+// dout, out: (N, H, S, D); dq like q, dk and dv like k. The bits do not depend on the threads.
+struct AttentionGrads {
+  AttentionView dout, out;  // read
+  const float* lse;
+  AttentionView dq, dk, dv;  // written
+};
+void attention_bwd_cpu(const Attention& p, const AttentionGrads& grads,
+                       const ParallelFor& parallel_for);
+
 // The noise contract (csrc/philox.h): element i of a contiguous tensor takes the normal number
 // offset + i of (seed, step, stream_id). seed and step are read from memory by the kernel, so that
 // a captured launch can be replayed with other values.

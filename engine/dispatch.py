@@ -15,7 +15,7 @@ IMPLS = ("auto", "eager", "native", "triton")
 ORDER = {
     "group_norm_silu": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
     "rms_norm_silu": {"cpu": ("native", "eager"), "cuda": ("triton", "eager")},
-    "attention": {"cpu": ("eager",), "cuda": ("triton", "eager")},
+    "attention": {"cpu": ("native", "eager"), "cuda": ("triton", "eager")},
     "reverse_step": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
     "forward_noise": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
     "noise": {"cpu": ("native", "eager"), "cuda": ("triton", "native", "eager")},
@@ -67,8 +67,6 @@ def absence(op: str, backend: str) -> str:
 
 def _absence(op: str, backend: str) -> str:
     if backend == "native":
-        if op == "attention":
-            return "has no attention kernel yet; PyTorch's SDPA (eager) serves it"
         return module("noise", backend).available() or ""
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
@@ -181,7 +179,7 @@ def evidence(op: str, backend: str, device: torch.device) -> str:
 
 
 def _lacks_native(op: str, device: str) -> bool:
-    return op == "attention" or (op == "rms_norm_silu" and device != "cpu")
+    return op in ("attention", "rms_norm_silu") and device != "cpu"
 
 
 def pick(op: str, impl: str, *args) -> str:

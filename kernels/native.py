@@ -13,6 +13,10 @@ OPS = (
     "group_norm_silu_bwd",
     "rms_norm_silu_fwd",
     "rms_norm_silu_bwd",
+    "attention_fwd",
+    "attention_bwd",
+    "attention_qkv_fwd",
+    "attention_qkv_bwd",
     "reverse_step_fwd",
     "reverse_step_general_fwd",
     "reverse_step_threshold_fwd",
@@ -23,7 +27,16 @@ OPS = (
     "noise_fwd",
 )
 # CUDA tensors have no kernel of them.
-CPU_OPS = ("rms_norm_silu_fwd", "rms_norm_silu_bwd", "forward_noise_loss_grad_fwd")
+CPU_OPS = (
+    "rms_norm_silu_fwd",
+    "rms_norm_silu_bwd",
+    "attention_fwd",
+    "attention_bwd",
+    "attention_qkv_fwd",
+    "attention_qkv_bwd",
+    "forward_noise_loss_grad_fwd",
+)
+MAX_SCALE = 1e38  # of attention: times log2 e, still a float32
 # GPUs, by name, where test_clusters (tests/test_group_norm_silu_plan.py) passed;
 # there large contiguous groups take it. No GPU has run it yet: it is compiled, and not taken.
 CLUSTERS: tuple[str, ...] = ()
@@ -87,6 +100,8 @@ def refusals(op: str, *args) -> list[str]:
         return pair_refusals(args[0], args[1])
     if op == "rms_norm_silu":
         return eps_refusals(args[4])
+    if op == "attention" and not abs(args[3]) <= MAX_SCALE:
+        return [f"scale {args[3]} is not within ±{MAX_SCALE:g}"]
     return []
 
 
@@ -190,6 +205,48 @@ def rms_norm_silu_bwd(
     silu: bool,
 ) -> tuple[Tensor, ...]:  # dx, dweight, dscale, dshift; (0,) for an absent operand
     return torch.ops.engine.rms_norm_silu_bwd.default(dy, x, weight, scale, shift, rstd, silu)
+
+
+def attention_fwd(
+    q: Tensor,  # (N, heads, S, D) any strides
+    k: Tensor,  # (N, heads, Sk, D), like v
+    v: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # out (N, heads, S, D) of memory (N, S, heads, D); lse float32
+    return torch.ops.engine.attention_fwd.default(q, k, v, scale)
+
+
+def attention_bwd(
+    dout: Tensor,  # (N, heads, S, D) any strides
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,  # (N, heads, S) float32
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # dq, dk, dv, in memory as out
+    return torch.ops.engine.attention_bwd.default(dout, q, k, v, out, lse, scale)
+
+
+def attention_qkv_fwd(
+    qkv: Tensor,  # (N, S, 3·heads·D) any strides
+    heads: int,
+    order: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # out (N, S, heads·D), lse (N, heads, S) float32
+    return torch.ops.engine.attention_qkv_fwd.default(qkv, heads, order, scale)
+
+
+def attention_qkv_bwd(
+    dout: Tensor,  # (N, S, heads·D) any strides
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    heads: int,
+    order: str,
+    scale: float,
+) -> Tensor:  # dqkv, like qkv
+    return torch.ops.engine.attention_qkv_bwd.default(dout, qkv, out, lse, heads, order, scale)
 
 
 def reverse_step_fwd(

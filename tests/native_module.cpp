@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "../csrc/cpu/attention_amx.h"
 #include "../csrc/cpu/isa.h"
 #include "../csrc/kernels.h"
 #include "../csrc/philox.h"
@@ -140,6 +141,42 @@ py::dict rms_norm_silu_bwd(const py::array& dy, bool dy_channels_last, const py:
   return result;
 }
 
+// An array (N, H, S, D) of any strides.
+engine::AttentionView attention_view(const py::array& a) {
+  const int64_t size = a.itemsize();
+  return {const_cast<void*>(a.data()), a.strides(0) / size, a.strides(1) / size,
+          a.strides(2) / size, a.strides(3) / size};
+}
+
+engine::Attention attention_params(const py::array& q, const py::array& k, const py::array& v,
+                                   float scale) {
+  return {dtype_of(q), q.shape(0),        q.shape(1),        q.shape(2),        k.shape(2),
+          q.shape(3),  attention_view(q), attention_view(k), attention_view(v), scale};
+}
+
+py::tuple attention_fwd(const py::array& q, const py::array& k, const py::array& v, float scale,
+                        int threads) {
+  const auto p = attention_params(q, k, v, scale);
+  py::array out = like(q);
+  py::array_t<float> lse({p.N, p.H, p.S});
+  engine::attention_fwd_cpu(p, attention_view(out), lse.mutable_data(), threads_of(threads));
+  return py::make_tuple(out, lse);
+}
+
+py::dict attention_bwd(const py::array& dout, const py::array& q, const py::array& k,
+                       const py::array& v, const py::array& out, py::array_t<float> lse,
+                       float scale, int threads) {
+  const auto p = attention_params(q, k, v, scale);
+  py::array dq = like(q), dk = like(k), dv = like(v);
+  engine::attention_bwd_cpu(p,
+                            {attention_view(dout), attention_view(out), lse.data(),
+                             attention_view(dq), attention_view(dk), attention_view(dv)},
+                            threads_of(threads));
+  py::dict result;
+  result["q"] = dq, result["k"] = dk, result["v"] = dv;
+  return result;
+}
+
 void noise(py::array out, int64_t seed, int64_t step, uint32_t stream, int64_t offset,
            int threads) {
   engine::noise_cpu(out.mutable_data(), dtype_of(out), out.size(), &seed, &step, stream, offset,
@@ -226,6 +263,22 @@ py::tuple reverse_step_general_fwd(py::dict operands, bool last, py::array_t<flo
   return py::make_tuple(x_next, x0, model_in, threshold);
 }
 
+// Results are written into out, lse; dq, dk, dv.
+void attention_fwd_amx(const py::array& q, const py::array& k, const py::array& v, float scale,
+                       const py::array& out, std::optional<py::array_t<float>> lse, int threads) {
+  engine::attention_fwd_amx(attention_params(q, k, v, scale), attention_view(out),
+                            lse ? lse->mutable_data() : nullptr, threads_of(threads));
+}
+
+void attention_bwd_amx(const py::array& dout, const py::array& q, const py::array& k,
+                       const py::array& v, const py::array& out, py::array_t<float> lse,
+                       float scale, const py::array& dq, const py::array& dk, const py::array& dv,
+                       int threads) {
+  const engine::AttentionGrads grads{attention_view(dout), attention_view(out), lse.data(),
+                                     attention_view(dq),   attention_view(dk),  attention_view(dv)};
+  engine::attention_bwd_amx(attention_params(q, k, v, scale), grads, threads_of(threads));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(native_module, m) {
@@ -233,11 +286,16 @@ PYBIND11_MODULE(native_module, m) {
   m.def("group_norm_silu_bwd", &group_norm_silu_bwd);
   m.def("rms_norm_silu_fwd", &rms_norm_silu_fwd);
   m.def("rms_norm_silu_bwd", &rms_norm_silu_bwd);
+  m.def("attention_fwd", &attention_fwd);
+  m.def("attention_bwd", &attention_bwd);
   m.def("noise", &noise);
   m.def("scalar_noise", &scalar_noise);
   m.def("philox_words", &philox_words);
   m.def("reverse_step_fwd", &reverse_step_fwd);
   m.def("reverse_step_general_fwd", &reverse_step_general_fwd);
+  m.def("attention_amx_available", &engine::attention_amx_available);
+  m.def("attention_fwd_amx", &attention_fwd_amx);
+  m.def("attention_bwd_amx", &attention_bwd_amx);
   m.def("isa_level", &engine::isa_level);
   m.def("limit_isa_level", &engine::limit_isa_level);
 }

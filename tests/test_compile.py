@@ -22,7 +22,6 @@ PRESENT = [
         "noise",
     )
     for backend in ("eager", "native", "triton")
-    if not (op.startswith("attention") and backend == "native")
 ]
 
 
@@ -263,8 +262,6 @@ def opcheck_arguments(op: str):
 @pytest.mark.parametrize("op", boundary.SCHEMAS)
 @pytest.mark.parametrize("impl_name", ["native", "triton"])
 def test_opcheck(op, impl_name, backend):
-    if impl_name == "native" and op.startswith("attention"):
-        pytest.skip("native has no attention kernel")
     if impl_name == "triton" and op == "forward_noise_loss_grad_fwd":
         pytest.skip("native alone has this op")
     function, leaves = call(next(name for name, _ in PRESENT if op.startswith(name)), impl_name)

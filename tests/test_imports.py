@@ -187,4 +187,4 @@ def test_explain_names_every_back_end_and_the_choice():
     )
     out = run(code, TRITON_INTERPRET="0")
     assert out.count("← auto") == 4 and "needs a CUDA tensor" in out
-    assert "has no attention kernel" in out and "copy them once" in out
+    assert out.count("native serves") == 4 and "copy them once" in out

@@ -2,6 +2,12 @@
 
 #include <atomic>
 
+#if defined(ENGINE_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace engine {
 
 static int detect() {
@@ -15,12 +21,34 @@ static int detect() {
   return kBaseline;
 }
 
-static std::atomic<int> limit{kAvx512};
+// Linux saves the tiles of a process only after it has asked for them, once for all its threads.
+static bool detect_amx() {
+#if defined(ENGINE_X86) && defined(__linux__)
+  unsigned eax, ebx, ecx, edx;
+  if (detect() != kAvx512 || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  const unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  if ((edx & amx_bf16) == 0 || (edx & amx_tile) == 0) return false;
+  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || (eax & 1u << 5) == 0) return false;
+  const long ask_permission = 0x1023, get_permission = 0x1022, tile_data = 18;  // of arch_prctl(2)
+  unsigned long granted = 0;
+  return syscall(SYS_arch_prctl, ask_permission, tile_data) == 0 &&
+         syscall(SYS_arch_prctl, get_permission, &granted) == 0 && (granted >> tile_data & 1) == 1;
+#else
+  return false;
+#endif
+}
+
+static std::atomic<int> limit{kAmx};
 
 int isa_level() {
   static const int best = detect();
   const int asked = limit.load(std::memory_order_relaxed);
   return asked < best ? asked : best;
+}
+
+bool amx_allowed() {
+  static const bool here = detect_amx();
+  return here && limit.load(std::memory_order_relaxed) >= kAmx;
 }
 
 void limit_isa_level(int level) { limit.store(level); }

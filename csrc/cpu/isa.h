@@ -17,8 +17,10 @@
 #define ENGINE_INLINE inline __attribute__((always_inline))
 #ifdef __clang__
 #define ENGINE_UNROLL _Pragma("unroll")
+#define ENGINE_UNROLL_FOUR _Pragma("unroll 4")
 #else
 #define ENGINE_UNROLL _Pragma("GCC unroll 16")
+#define ENGINE_UNROLL_FOUR _Pragma("GCC unroll 4")
 #endif
 
 namespace engine {
@@ -30,11 +32,16 @@ struct f16 {
   uint16_t bits;
 };
 
-enum Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+enum Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
-// The best level of this machine, or the lower one that a test asked for.
+// The best level of vectors of this machine, at most kAvx512, or the lower one that a test asked
+// for.
 int isa_level();
 void limit_isa_level(int level);
+
+// kAvx512, and this machine has AMX tiles of bfloat16, the system grants them, and no test asked
+// for a level below kAmx.
+bool amx_allowed();
 
 // parallel_for with a bound on the work per thread: `cost` elements of work per item.
 inline int64_t grain_of(int64_t cost) { return cost >= 16384 ? 1 : 16384 / (cost > 0 ? cost : 1); }

@@ -22,7 +22,7 @@ def attention(
 ) -> Tensor:
     """out = softmax(q kᵀ · scale) v, scale 1/√D unless given. Returns (N, heads, S, D) in q.dtype.
 
-    Softmax and sums in float32. Differentiable in q, k, v. The triton kernels write out in memory
+    Softmax and sums in float32. Differentiable in q, k, v. The kernels write out in memory
     order (N, S, heads, D), so that merging the heads costs nothing.
     Raises ValueError for shapes, dtypes or devices that do not fit, BackendError (RuntimeError)
     when an explicit impl cannot serve.
@@ -35,7 +35,9 @@ def attention(
     backend = dispatch.pick("attention", impl, q, k, v, scale)
     if backend == "eager":
         return dispatch.module("attention", backend).attention(q, k, v, scale)
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    k = k if k.stride(-1) == 1 else k.contiguous()
+    v = v if v.stride(-1) == 1 else v.contiguous()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(backend, q, k, v, scale)
     return dispatch.function("attention", "fwd", backend)(q, k, v, scale)[0]
@@ -54,7 +56,7 @@ def attention_qkv(
     order says what the 3·heads·D channels are, slowest first: "3hd" all of q, of k, of v; "h3d"
     q, k, v of each head (guided-diffusion's legacy order); "hd3" q, k, v of each element.
     Returns (N, S, heads·D), head by head, in qkv.dtype; softmax and sums in float32.
-    Differentiable in qkv. The triton kernels read qkv and write its gradient, one tensor of qkv's
+    Differentiable in qkv. The kernels read qkv and write its gradient, one tensor of qkv's
     layout, in place: nothing is transposed or concatenated. "hd3" is read with stride 3 along D,
     two bytes at a time: slower than the others, still without a copy. Only a qkv whose channels are
     not its fast dimension is copied once.
@@ -128,11 +130,12 @@ def _scale(q: Tensor, scale: float | None) -> float:
 
 def _check_attention(q, k, v) -> None:
     check_tensors("attention", q=q, k=k, v=v)
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    fits = q.dim() == k.dim() == v.dim() == 4 and k.shape == v.shape
-    if not (fits and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]):
+    a, b, c = q.shape, k.shape, v.shape
+    fits = len(a) == len(b) == 4 and b == c
+    if not (fits and a[0] == b[0] and a[1] == b[1] and a[3] == b[3]):
         raise ValueError(
-            f"attention: {shapes}, expected (N, heads, S, D) and twice (N, heads, Sk, D)"
+            f"attention: q {tuple(a)}, k {tuple(b)}, v {tuple(c)}, "
+            "expected (N, heads, S, D) and twice (N, heads, Sk, D)"
         )
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         raise ValueError(
