@@ -1,6 +1,9 @@
 #include "isa.h"
 
+#include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 
 #if defined(ENGINE_X86) && defined(__linux__)
 #include <cpuid.h>
@@ -10,7 +13,14 @@
 
 namespace engine {
 
-static int detect() {
+// PyTorch's own switch for its kernels holds for ours too: "default", "avx2", "avx512" …
+static int allowed() {
+  const char* name = std::getenv("ATEN_CPU_CAPABILITY");
+  if (name && std::strcmp(name, "default") == 0) return kBaseline;
+  return name && std::strcmp(name, "avx2") == 0 ? kAvx2 : kAvx512;
+}
+
+static int supported() {
 #ifdef ENGINE_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
@@ -20,6 +30,8 @@ static int detect() {
 #endif
   return kBaseline;
 }
+
+static int detect() { return std::min(supported(), allowed()); }
 
 // Linux saves the tiles of a process only after it has asked for them, once for all its threads.
 static bool detect_amx() {
