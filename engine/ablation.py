@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checkpoint, data, train
+from . import checkpoint, data, resume, train
 from .device import autocast, choose_device, choose_precision
 from .diffusion import Diffusion
 from .samplers import sample
@@ -217,7 +217,7 @@ def trainer(study: Study, cell: Cell) -> Trainer:
     config, folder = study.train_config(cell), study.folder_of(cell)
     file, tensors, info = folder / checkpoint.FILE, {}, None
     if file.exists():
-        train.check_resume(config, train.saved_config(folder))
+        resume.check_resume(config, train.saved_config(folder))
         tensors, info = checkpoint.read(file)
         model, diffusion = checkpoint.build(tensors, info, "model", file)
     else:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from . import cli
+from .resume import check_branch, check_free, check_resume, is_folder, saved_options
 
 PROG = "python -m engine.train"
 
@@ -143,19 +144,6 @@ RECIPES = {
     },
 }
 
-# What a run writes beside its checkpoint.
-RUN_FILES = (
-    *("metrics.jsonl", "tensorboard", "samples", "checkpoints"),
-    *("samples.png", "strip.png", "loss.png"),
-)
-
-# What --resume may change: how the run is carried out, not what it computes.
-RESUMABLE = {
-    *("out", "resume", "data_dir", "steps", "device", "precision", "layout", "compile"),
-    *("log_every", "save_every"),
-    *("keep_every", "cache", "sample_every", "samples", "sample_steps", "tensorboard"),
-}
-
 
 def validate(config: TrainConfig) -> None:
     """Raises ValueError, one sentence, for a number that makes no sense."""
@@ -274,43 +262,6 @@ def train(config: TrainConfig) -> Path:
     return folder
 
 
-def is_folder(dataset: str) -> bool:
-    return bool(dataset) and dataset != "fashion-mnist" and Path(dataset).expanduser().is_dir()
-
-
-def check_branch(file: Path, info: dict) -> None:
-    """Raises ValueError, one sentence, for a checkpoint that training does not go on from."""
-    from . import checkpoint
-
-    if file.name != checkpoint.FILE:
-        raise ValueError(
-            f"--resume {file}: a run goes on in its folder, from its {checkpoint.FILE}; to branch "
-            "off from another checkpoint, copy it to a new folder under that name"
-        )
-    if info.get("unit"):
-        raise ValueError(
-            f"--resume {file.parent}: a cell of engine.ablate, trained on pictures in [0, 1]; "
-            "engine.ablate with the study's --out goes on with it"
-        )
-
-
-def check_free(folder: Path) -> None:
-    """Raises FileExistsError, one sentence, when the folder holds a run or files of one."""
-    from . import checkpoint
-
-    if (folder / checkpoint.FILE).exists():
-        raise FileExistsError(
-            f"{folder} already holds a run: go on with --resume {shlex.quote(str(folder))}, "
-            "or give another --out"
-        )
-    found = [name for name in RUN_FILES if (folder / name).exists()]
-    if found:
-        raise FileExistsError(
-            f"{folder} has {', '.join(found)} of another run, but no {checkpoint.FILE} to go on "
-            "from: give another --out, or move these files away"
-        )
-
-
 def complete(config: TrainConfig) -> TrainConfig:
     """The configuration with the preset's recipe in the place of every None."""
     recipe = RECIPES.get(preset_name(config), RECIPES["cifar10"])
@@ -380,29 +331,7 @@ def new_diffusion(config: TrainConfig):
 
 def saved_config(path: str | os.PathLike) -> TrainConfig:
     """The configuration that a run was trained with, set to resume it."""
-    from . import checkpoint
-
-    file = checkpoint.find(path)
-    _, info = checkpoint.read(file, prefix="none.")
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    values = {k: v for k, v in info.get("train", {}).items() if k in known}
-    values["data_dir"] = Path(values["data_dir"]) if values.get("data_dir") else None
-    return TrainConfig(**{**values, "out": file.parent, "resume": Path(path)})
-
-
-def check_resume(config: TrainConfig, saved: TrainConfig) -> None:
-    """Raises ValueError when `config` asks for another computation than the saved run's."""
-    for field in dataclasses.fields(TrainConfig):
-        old, new = getattr(saved, field.name), getattr(config, field.name)
-        if field.name == "dataset" and old != "fashion-mnist" and is_folder(new):
-            continue  # the pictures have moved
-        if field.name not in RESUMABLE and old != new:
-            raise ValueError(
-                f"{cli.option(field.name)} cannot change on --resume: "
-                f"the run was started with {'its default' if old is None else old}, not {new}"
-            )
-    if config.out.resolve() != saved.out.resolve():
-        raise ValueError(f"--resume goes on in {saved.out}: leave out --out {config.out}")
+    return TrainConfig(**saved_options(path, TrainConfig))
 
 
 def interpreter() -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from . import cli
-from .train import check_free, is_folder
+from .resume import check_free, is_folder
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import engine
-from engine import checkpoint, cli, dispatch, samplers, train
+from engine import checkpoint, cli, dispatch, resume, samplers, train
 from engine import sample as sample_function
 
 
@@ -242,7 +242,7 @@ def test_a_run_is_not_overwritten_nor_changed(work, capsys):
     assert not (work / "elsewhere").exists()
 
 
-@pytest.mark.parametrize("name", train.RUN_FILES)
+@pytest.mark.parametrize("name", resume.RUN_FILES)
 def test_files_of_a_run_without_a_checkpoint_are_not_overwritten(work, capsys, name):
     (work / "run").mkdir()
     (work / "run" / name).write_text("precious")
@@ -256,7 +256,7 @@ def test_a_run_writes_no_file_that_is_not_guarded(work):
     options = ["--tensorboard", "--sample-every", "1", "--keep-every", "1"]
     assert train.main([*TRAIN, *options]) == 0
     pytest.importorskip("tensorboard")
-    assert {path.name for path in (work / "run").iterdir()} == {checkpoint.FILE, *train.RUN_FILES}
+    assert {path.name for path in (work / "run").iterdir()} == {checkpoint.FILE, *resume.RUN_FILES}
 
 
 def test_other_files_do_not_take_a_folder(work):

@@ -22,7 +22,7 @@ LAYERS = (
     "checkpoint",
     "evaluation",
     "cache plots",
-    "trainer domain_classifier",
+    "trainer domain_classifier resume",
     "train sample scores",
     "evaluate train_classifier ablation_report verification",
     "ablation verify",

@@ -1,0 +1,87 @@
+"""Which folder a run may use, and what it may go on from and change."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+from pathlib import Path
+
+from . import cli
+
+# What a run writes beside its checkpoint.
+RUN_FILES = (
+    *("metrics.jsonl", "tensorboard", "samples", "checkpoints"),
+    *("samples.png", "strip.png", "loss.png"),
+)
+
+# What --resume may change: how the run is carried out, not what it computes.
+RESUMABLE = {
+    *("out", "resume", "data_dir", "steps", "device", "precision", "layout", "compile"),
+    *("log_every", "save_every"),
+    *("keep_every", "cache", "sample_every", "samples", "sample_steps", "tensorboard"),
+}
+
+
+def is_folder(dataset: str) -> bool:
+    return bool(dataset) and dataset != "fashion-mnist" and Path(dataset).expanduser().is_dir()
+
+
+def check_branch(file: Path, info: dict) -> None:
+    """Raises ValueError, one sentence, for a checkpoint that training does not go on from."""
+    from . import checkpoint
+
+    if file.name != checkpoint.FILE:
+        raise ValueError(
+            f"--resume {file}: a run goes on in its folder, from its {checkpoint.FILE}; to branch "
+            "off from another checkpoint, copy it to a new folder under that name"
+        )
+    if info.get("unit"):
+        raise ValueError(
+            f"--resume {file.parent}: a cell of engine.ablate, trained on pictures in [0, 1]; "
+            "engine.ablate with the study's --out goes on with it"
+        )
+
+
+def check_free(folder: Path) -> None:
+    """Raises FileExistsError, one sentence, when the folder holds a run or files of one."""
+    from . import checkpoint
+
+    if (folder / checkpoint.FILE).exists():
+        raise FileExistsError(
+            f"{folder} already holds a run: go on with --resume {shlex.quote(str(folder))}, "
+            "or give another --out"
+        )
+    found = [name for name in RUN_FILES if (folder / name).exists()]
+    if found:
+        raise FileExistsError(
+            f"{folder} has {', '.join(found)} of another run, but no {checkpoint.FILE} to go on "
+            "from: give another --out, or move these files away"
+        )
+
+
+def saved_options(path: str | os.PathLike, kind: type) -> dict:
+    """The options that a run was trained with, as fields of `kind`, set to resume it."""
+    from . import checkpoint
+
+    file = checkpoint.find(path)
+    _, info = checkpoint.read(file, prefix="none.")
+    known = {field.name for field in dataclasses.fields(kind)}
+    values = {k: v for k, v in info.get("train", {}).items() if k in known}
+    values["data_dir"] = Path(values["data_dir"]) if values.get("data_dir") else None
+    return {**values, "out": file.parent, "resume": Path(path)}
+
+
+def check_resume(config, saved) -> None:
+    """Raises ValueError when `config` asks for another computation than the saved run's."""
+    for field in dataclasses.fields(config):
+        old, new = getattr(saved, field.name), getattr(config, field.name)
+        if field.name == "dataset" and old != "fashion-mnist" and is_folder(new):
+            continue  # the pictures have moved
+        if field.name not in RESUMABLE and old != new:
+            raise ValueError(
+                f"{cli.option(field.name)} cannot change on --resume: "
+                f"the run was started with {'its default' if old is None else old}, not {new}"
+            )
+    if config.out.resolve() != saved.out.resolve():
+        raise ValueError(f"--resume goes on in {saved.out}: leave out --out {config.out}")
