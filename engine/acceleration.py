@@ -154,10 +154,16 @@ def _to_channels_last(module: nn.Module) -> list[torch.Tensor]:
         # it is; but a convolution goes by the strides, and everything behind it follows.
         form = _FORMATS[weight.dim()]
         laid = torch.empty_like(weight, memory_format=form, device="meta")
-        if weight.is_contiguous() and weight.stride() != laid.stride():
+        if weight.is_contiguous() and weight.stride() != laid.stride() and _alone(weight):
             _lay(weight, form)
             changed.append(weight)
     return changed
+
+
+def _alone(t: torch.Tensor) -> bool:
+    """Whether nobody else holds its memory: another process, or a buffer of many parameters."""
+    shared = t.device.type == "cpu" and t.is_shared()
+    return not shared and t.untyped_storage().nbytes() == t.numel() * t.element_size()
 
 
 def _lay(t: torch.Tensor, form: torch.memory_format) -> None:

@@ -158,6 +158,16 @@ def test_weights_that_were_laid_in_inference_mode_can_be_trained(model):
     model(X).sum().backward()
 
 
+def test_memory_that_others_hold_stays_where_it_is(model):
+    flat = torch.randn(2, *model[0].weight.shape)
+    model[0].weight = nn.Parameter(flat[1])
+    model[3].share_memory()
+    engine.accelerate(model)
+    flat.zero_()
+    assert not model[0].weight.any() and model[3].weight.is_shared()
+    assert not model[6].weight.is_contiguous()
+
+
 def test_an_old_handle_does_not_undo_a_newer_one(model):
     old = engine.accelerate(model)
     engine.accelerate(model, channels_last=False)

@@ -89,6 +89,13 @@ def without_gradient(make, use):
     return function
 
 
+def read_by_nobody(x):
+    """The cast and what it reads go; not the write behind them."""
+    h = x * 2
+    F.group_norm(F.silu(h, inplace=True).bfloat16().float(), G).to(torch.bfloat16).float()
+    return gn(h)
+
+
 def inference(x):
     with torch.inference_mode():
         y = gn(x)
@@ -137,6 +144,7 @@ HAZARDS = {  # function, shapes, what is still replaced
         (X, WIDE),
         {"GroupNorm": 1},
     ),
+    "write read by nobody": (read_by_nobody, (X,), {"GroupNorm": 1}),
     "inference mode": (inference, (X,), {"GroupNorm": 1}),
     "vmap": (mapped, (X,), {}),
     "add_(other=)": (
@@ -234,3 +242,28 @@ def test_scores_of_wider_q_and_k_are_not_rounded():
         low = (q, k) if function is mixed else (q.bfloat16(), k.bfloat16())
         torch.compile(function, backend=backend)(*low, v)
         assert fused(backend.report) == expected, backend.report
+
+
+def test_an_eps_that_is_not_constant():
+    """Dynamo makes a float a symbol when it has seen a second value."""
+    torch.compiler.reset()
+    norm = torch.nn.GroupNorm(G, C)
+    functions = norm, lambda x: F.normalize(x, dim=1, eps=norm.eps) * C**0.5
+    for function in functions:
+        compiled = torch.compile(lambda x, f=function: f(x) * 2, backend=Backend("eager"))
+        for norm.eps in (0.1, 0.5, 0.01):
+            x = torch.randn(X)
+            assert torch.allclose(compiled(x), function(x) * 2, atol=1e-5)
+
+
+def test_a_scale_that_is_not_constant():
+    torch.compiler.reset()
+    q = torch.randn(2, 3, 5, 8)
+
+    def function(q, scale):
+        by_hand = (q @ q.mT * scale).softmax(-1) @ q
+        return F.scaled_dot_product_attention(q, q, q, scale=scale) + by_hand
+
+    compiled = torch.compile(function, backend=Backend("eager"))
+    for scale in (0.1, 0.5, 0.7):
+        assert torch.allclose(compiled(q, scale), function(q, scale), atol=1e-5)

@@ -272,7 +272,11 @@ def prune(*nodes) -> None:
 def must_stay(node: Node) -> bool:
     """A write that must stay though nobody reads its result. F.silu(x, inplace=True) of what only
     it read is none."""
-    return mutates(node) and (node.op == "call_method" or _inplace_at(node.target) is None)
+    if not mutates(node) or node.op == "call_method" or _inplace_at(node.target) is None:
+        return mutates(node)
+    source = _first(node)
+    made = source.op in ("call_function", "call_method") and not mutates(source)
+    return not made or viewed(source) is not None or len(source.users) > 1
 
 
 def widen(norm: Node, last: Node, *, args: tuple | None = None, **kwargs) -> Node:

@@ -39,7 +39,7 @@ def rewrite(node: Node) -> Node | str | None:
         return f"it divides by the {given['p']}-norm, not the 2-norm"
     if x.dtype not in DTYPES or value(node).dtype not in DTYPES:
         return f"x is {x.dtype}: the kernels take float32, bfloat16 and float16"
-    if not given["eps"] > 0:
+    if not isinstance(given["eps"], (int, float)) or given["eps"] <= 0:
         return f"its eps is {given['eps']}"
     c, last, weight, factor = x.shape[1], node, None, 1.0
     while (user := sole_user(last)) is not None:
