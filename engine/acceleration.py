@@ -4,11 +4,13 @@ import weakref
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .backend import Backend
 from .rewrite import Report
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Modules are keys, and no handle keeps one alive: a dictionary on the module itself would be copied
 # and pickled with it.
 _handles: "weakref.WeakKeyDictionary[nn.Module, Handle]" = weakref.WeakKeyDictionary()
@@ -25,7 +27,7 @@ class Handle:
         for module, backend in zip(modules, self._backends, strict=True):
             if channels_last:
                 self._relaid += [weakref.ref(t) for t in _to_channels_last(module)]
-            module.compile(backend=backend)
+            _compile(module, backend)
 
     @property
     def report(self) -> Report:
@@ -45,8 +47,7 @@ class Handle:
                 del _handles[module]
         for reference in self._relaid:
             if (t := reference()) is not None:
-                plain = torch.empty_like(t, memory_format=torch.contiguous_format)
-                t.data = plain.detach().copy_(t.data)
+                _lay(t, torch.contiguous_format)
         self._relaid = []
 
     def __enter__(self) -> "Handle":
@@ -66,7 +67,8 @@ def accelerate(model, inner: str = "eager", channels_last: bool = True) -> Handl
     an autoencoder its encoder and decoder). Classes, parameters, state-dict keys and hooks stay
     what they are; copies and pickles of the model are plain ones. inner: "eager" runs the rewritten
     graph as it is, "inductor" compiles it further, which takes a minute. channels_last: lays the
-    weights of convolutions so that everything between them follows.
+    weights of convolutions so that everything between them follows; code that takes the other
+    layout for granted (x.view(n, -1) of a picture, in or behind the model) needs False or reshape.
     The first call compiles, and once more the first with other sizes. Hooks that are registered
     after it are not seen, as with torch.compile: undo, register, accelerate. Kernels have no second
     derivative: undo for a loss on gradients. The same call again returns the same handle; another
@@ -122,6 +124,25 @@ def _halves(module: nn.Module) -> list[nn.Module]:
     return [module]
 
 
+def _compile(self: nn.Module, backend: Backend) -> None:
+    """As self.compile(backend=…), which passes over two: nn.Sequential, since Dynamo traces code of
+    PyTorch's own only where other code calls it; and the ninth model of a class, since Dynamo keeps
+    eight compilations of one code object. Both want code of their own around forward."""
+
+    def forward(*args, **kwargs):
+        return self.forward(*args, **kwargs)
+
+    forward.__code__ = forward.__code__.replace(co_name=f"forward_{type(self).__name__}")
+    traced = torch.compile(forward, backend=backend)
+    hooked = torch.compile(self._call_impl, backend=backend)  # its own hooks run outside
+
+    def call(*args, **kwargs):
+        hooks = _has_any_global_hook() or any(getattr(self, name) for name in _HOOKS)
+        return (hooked if hooks else traced)(*args, **kwargs)
+
+    self._compiled_call_impl = call
+
+
 def _to_channels_last(module: nn.Module) -> list[torch.Tensor]:
     """Lays weights of convolutions channels_last; returns those that lay otherwise."""
     changed = []
@@ -131,8 +152,21 @@ def _to_channels_last(module: nn.Module) -> list[torch.Tensor]:
             continue
         # With one channel a weight is contiguous in both ways, and `contiguous` would return it as
         # it is; but a convolution goes by the strides, and everything behind it follows.
-        laid = torch.empty_like(weight, memory_format=_FORMATS[weight.dim()])
-        if weight.is_contiguous() and weight.stride() != laid.stride():
-            weight.data = laid.detach().copy_(weight.data)
+        form = _FORMATS[weight.dim()]
+        laid = torch.empty_like(weight, memory_format=form, device="meta")
+        if weight.is_contiguous() and weight.stride() != laid.stride() and _alone(weight):
+            _lay(weight, form)
             changed.append(weight)
     return changed
+
+
+def _alone(t: torch.Tensor) -> bool:
+    """Whether nobody else holds its memory: another process, or a buffer of many parameters."""
+    shared = t.device.type == "cpu" and t.is_shared()
+    return not shared and t.untyped_storage().nbytes() == t.numel() * t.element_size()
+
+
+def _lay(t: torch.Tensor, form: torch.memory_format) -> None:
+    """Within inference mode too: what is trained later must be an ordinary tensor."""
+    with torch.inference_mode(t.is_inference()):
+        t.data = torch.empty_like(t, memory_format=form).detach().copy_(t.data)

@@ -16,6 +16,8 @@ from . import ops, patterns
 from .patterns import no_op
 from .patterns.nodes import is_norm, node_method, where, written
 
+TRANSFORMED = "torch.func transforms a part of it, for which the kernels have no rules"
+
 
 @dataclass(frozen=True)
 class Replaced:
@@ -87,6 +89,9 @@ def rewrite(gm: GraphModule) -> Report:
 
 
 def _rewrite(gm: GraphModule, report: Report) -> None:
+    if transformed := next(filter(_transforms, gm.graph.nodes), None):
+        report.left.append(Left("the graph", where(transformed), TRANSFORMED))
+        return
     left: dict[tuple[str, str], str] = {}
     removed: list[Replaced] = []
     for pattern in patterns.ORDER:
@@ -112,6 +117,12 @@ def _rewrite(gm: GraphModule, report: Report) -> None:
         _views_to_reshapes(gm)
         gm.graph.lint()
         gm.recompile()
+
+
+def _transforms(node: Node) -> bool:
+    """Whether the node begins torch.func's vmap, grad or jvp, or forward-mode derivatives."""
+    name = "" if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return "increment_nesting" in name or "enter_dual_level" in name or "make_dual" in name
 
 
 def _label(node: Node) -> str:

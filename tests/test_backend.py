@@ -120,6 +120,54 @@ def test_a_convolution_of_one_channel_is_laid_too():
     assert model(X[:, :1]).is_contiguous(memory_format=torch.channels_last)
 
 
+class Held(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = layers()
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def layers():
+    return nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU())
+
+
+@pytest.mark.parametrize("make", [layers, Held])
+def test_every_model_of_a_class(make):
+    """A container of PyTorch's own too; hooks of the model itself are seen, early or late."""
+    torch.compiler.reset()
+    for _ in range(10):
+        model = make()
+        expected = model(X)
+        handle = engine.accelerate(model)
+        assert torch.allclose(model(X), expected, atol=1e-5)
+        assert fused(handle.report) == {"GroupNorm → SiLU": 1}
+    hook = model.register_forward_hook(lambda module, args, out: out * 3)
+    assert torch.allclose(model(X), expected * 3, atol=1e-5)
+    hook.remove()
+    assert torch.allclose(model(X), expected, atol=1e-5)
+
+
+def test_weights_that_were_laid_in_inference_mode_can_be_trained(model):
+    with torch.inference_mode():
+        handle = engine.accelerate(model)
+    model(X).sum().backward()
+    with torch.inference_mode():
+        handle.undo()
+    model(X).sum().backward()
+
+
+def test_memory_that_others_hold_stays_where_it_is(model):
+    flat = torch.randn(2, *model[0].weight.shape)
+    model[0].weight = nn.Parameter(flat[1])
+    model[3].share_memory()
+    engine.accelerate(model)
+    flat.zero_()
+    assert not model[0].weight.any() and model[3].weight.is_shared()
+    assert not model[6].weight.is_contiguous()
+
+
 def test_an_old_handle_does_not_undo_a_newer_one(model):
     old = engine.accelerate(model)
     engine.accelerate(model, channels_last=False)

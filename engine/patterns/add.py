@@ -12,6 +12,7 @@ from .nodes import (
     calls,
     operands,
     per_channel,
+    same_shape,
     value,
     widen,
     written,
@@ -25,8 +26,9 @@ def rewrite(node: Node) -> Node | str | None:
     pair = operands(total, "add")
     if value(total) is None or value(node) is None:
         return None
-    if calls(total, operator.iadd, method="add_") and per_channel(total.args[1], node):
-        return "the sum is written in place"
+    if calls(total, operator.iadd, method="add_"):
+        terms = (*total.args, *total.kwargs.values())[1:]
+        return "the sum is written in place" if any(per_channel(t, node) for t in terms) else None
     if pair is None:
         return None
     for h, temb in (pair, pair[::-1]):
@@ -39,10 +41,12 @@ def rewrite(node: Node) -> Node | str | None:
             )
         if len(total.users) > 1:
             return "the sum has other readers beside the norm"
+        if not same_shape(x.shape, value(total).shape):
+            return f"the sum is {tuple(value(total).shape)}, its first operand {tuple(x.shape)}"
         if x.dtype != value(total).dtype:
             return f"the sum is {value(total).dtype}, its first operand {x.dtype}"
-        if written(h):
-            return "the sum's first operand is written in place, and must be kept as it was"
+        if written(h) or written(temb, after=node):
+            return "an operand of the sum is written in place, and must be kept as it was"
         if why := barrier(total, node):
             return why
         return widen(node, node, args=(h, *node.args[1:]), add=as_rows(temb, node))

@@ -27,6 +27,8 @@ from .nodes import (
     same,
     same_shape,
     value,
+    viewed,
+    written,
 )
 
 
@@ -81,9 +83,14 @@ def _fuse(first: Product, second: Product, labels: str, weights: Node, scale: fl
     last, starts = second.node, [first.node]
     (q, scale_q), (k, scale_k) = _scalar(q), _scalar(k)
     starts += [t for t in (first.a, first.b) if t not in (q, k)]
-    scale *= first.scale * second.scale * scale_q * scale_k
+    if second.scale != 1:
+        return f"its result is multiplied by {second.scale:g}"
+    scale *= first.scale * scale_q * scale_k
     why = _misfit((q, k, v), found, wanted, value(last).dtype)
+    why = why or _coarser((q, k), value(first.node).dtype, value(last).dtype)
     why = why or next(filter(None, (barrier(start, last) for start in starts)), "")
+    if not why and any(written(t, after=last) for t in (q, k, v)):
+        why = "q, k or v is written in place later, and must be kept as it was"
     return why or _replace(last, (q, k, v), found, wanted, scale)
 
 
@@ -101,9 +108,28 @@ def _misfit(tensors, found, wanted, dtype) -> str:
     d = wanted[0][-1]
     if not same(q[d], v["*"]):
         return f"v has {v['*']} channels a head, q and k have {q[d]}"
+    j = wanted[1][-2]
     if any(not (same(q[x], k[x]) and same(q[x], v[x])) for x in wanted[0][:-2]):
         return "its leading dimensions broadcast"
+    if not same(q[d], k[d]) or not same(k[j], v[j]):
+        return "a size of 1 broadcasts in its products"
     return ""
+
+
+def _coarser(tensors, scores, dtype) -> str:
+    """Why q and k may not be rounded to `dtype`: the scores are made from wider ones."""
+    for t in tensors:
+        wider = min(value(t).dtype.itemsize, scores.itemsize) > dtype.itemsize
+        if wider and not _exact(t, dtype):
+            return f"q or k is {value(t).dtype}, the result {dtype}: it would lose digits"
+    return ""
+
+
+def _exact(t: Node | None, dtype) -> bool:
+    """Whether the node is a cast of something in `dtype`, or a view of one."""
+    while value(t) is not None and value(t).dtype != dtype:
+        t = cast_source(t) or viewed(t)
+    return value(t) is not None
 
 
 def _replace(last: Node, tensors, found, wanted, scale: float) -> Node:

@@ -6,7 +6,7 @@ computes the norm in float32 and lets the convolutions behind it cast their inpu
 
 from torch.fx import Node
 
-from .nodes import LOWERED, barrier, calls, cast_source, emit, is_norm, put, value, where
+from .nodes import LOWERED, barrier, calls, cast_source, emit, is_norm, put, value, where, written
 
 
 def rewrite(node: Node) -> Node | str | None:
@@ -22,6 +22,8 @@ def rewrite(node: Node) -> Node | str | None:
     for user in node.users:
         if not _reads_in(user, node, low):
             return f"{user.name} reads the norm's {high} result, so that {low} would lose digits"
+    if written(source, after=node):
+        return "its input is written in place later, and must be kept as it was"
     if why := barrier(cast, node):
         return why
     example = value(node).to(low)

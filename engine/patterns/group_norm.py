@@ -23,12 +23,13 @@ def rewrite(node: Node) -> Node | str | None:
         return None
     if x.dtype not in DTYPES or y.dtype not in DTYPES:
         return f"x is {x.dtype}: the kernels take float32, bfloat16 and float16"
-    if x.dim() < 2 or not isinstance(given["num_groups"], int) or not given["eps"] > 0:
-        return f"x is {tuple(x.shape)} in {given['num_groups']} groups with eps {given['eps']}"
+    groups, eps = given["num_groups"], given["eps"]  # nodes, where they are not constant
+    if x.dim() < 2 or not isinstance(groups, int) or not isinstance(eps, (int, float)) or eps <= 0:
+        return f"x is {tuple(x.shape)} in {groups} groups with eps {eps}"
     source = given["input"]
     if y.dtype != x.dtype:  # autocast computes it in float32
         source = method(node, source, "to", y.dtype)
-    args = (source, given["weight"], given["bias"], given["num_groups"], given["eps"])
+    args = (source, given["weight"], given["bias"], groups, eps)
     kwargs = {"activation": "none"}
     made = emit(node, node, "call_function", ops.group_norm_silu, args, kwargs)
     made.meta["engine_where"] = where(node)

@@ -5,7 +5,18 @@ scale and shift are (N, C, 1, 1): the op reads the (N, C) that they are a view o
 
 from torch.fx import Node
 
-from .nodes import as_rows, barrier, is_norm, operands, other, per_channel, sole_user, value, widen
+from .nodes import (
+    as_rows,
+    barrier,
+    is_norm,
+    operands,
+    other,
+    per_channel,
+    sole_user,
+    value,
+    widen,
+    written,
+)
 
 
 def rewrite(node: Node) -> Node | str | None:
@@ -32,9 +43,11 @@ def rewrite(node: Node) -> Node | str | None:
         return None
     if value(last).dtype != value(node).dtype:
         return f"its conditioning is {value(last).dtype}, the norm's result {value(node).dtype}"
-    if why := barrier(node, last):
-        return why
     given = {"scale": scale, "shift": shift}
+    if any(t is not None and written(t, after=last) for t in given.values()):
+        return "its conditioning is written in place later, and must be kept as it was"
+    if why := barrier(node, last) or (scale is not None and barrier(factor, last)):
+        return why
     rows = {name: as_rows(t, last) for name, t in given.items() if t is not None}
     return widen(node, last, **rows)
 
@@ -53,5 +66,6 @@ def _one_plus(node: Node) -> Node | None:
         return None
     for one, scale in (pair, pair[::-1]):
         if isinstance(one, (int, float)) and one == 1 and isinstance(scale, Node):
-            return scale if value(scale) is not None else None
+            t = value(scale)
+            return scale if t is not None and t.is_floating_point() else None
     return None

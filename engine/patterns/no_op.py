@@ -1,15 +1,28 @@
 """Calls that give their input back: x / 1, x · 1, dropout that drops nothing, a cast to x's dtype;
 and x.contiguous() for convolutions alone, which read any layout.
 
-A division gives a new tensor. It stays where somebody could tell: where its input is the caller's,
-or anything around it is written in place.
+A division gives a new tensor, and one without a gradient under no_grad. It stays where somebody
+could tell: where both it and its input leave the graph or the input is the caller's, anything
+around it is written in place, or gradients are switched between it and a reader.
 """
 
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from .nodes import arguments, calls, cast_source, node_method, operands, prune, value, written
+from .nodes import (
+    aliases_of,
+    arguments,
+    calls,
+    cast_source,
+    node_method,
+    operands,
+    prune,
+    shared,
+    switched,
+    value,
+    written,
+)
 
 CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
@@ -61,6 +74,9 @@ def _unchanged(node: Node, source) -> Node | None:
 
 def _private(node: Node, source: Node) -> bool:
     """Whether nobody can tell the result from its input."""
-    if source.op in ("placeholder", "get_attr") and any(u.op == "output" for u in node.users):
+    aliases = aliases_of(node)
+    if any(user.op == "output" for alias in aliases for user in alias.users) and shared(source):
+        return False
+    if any(switched(node, user) for alias in aliases for user in alias.users):
         return False
     return not written(node) and not written(source)

@@ -4,6 +4,8 @@ A node's `meta["example_value"]` is a fake tensor: its shape, dtype and layout. 
 symbolic; questions about them add no guard.
 """
 
+import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterator
 
@@ -22,15 +24,14 @@ BINARY = {
 }
 IN_PLACE = (
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow),
-    *(operator.setitem, operator.delitem),
+    *(operator.ifloordiv, operator.imod, operator.imatmul, operator.iand, operator.ior),
+    *(operator.ixor, operator.ilshift, operator.irshift, operator.setitem, operator.delitem),
 )
-# Functions that are in place when told so, and where an unnamed argument tells it.
-MAYBE_IN_PLACE = {F.silu: 1, F.relu: 1, F.dropout: 3, F.leaky_relu: 2, F.elu: 2}
 CASTS = ("to", "type", "type_as", "float", "half", "bfloat16")
 VIEWS = (  # by name, method or function; a cast may be one
     *("view", "reshape", "transpose", "swapaxes", "permute", "movedim", "flatten", "unflatten"),
     *("unsqueeze", "squeeze", "t", "chunk", "split", "unbind", "narrow", "select", "expand"),
-    *("contiguous", "detach", *CASTS),
+    *("contiguous", "detach", "view_as", "expand_as", "diagonal", "unfold", *CASTS),
 )
 # Under autocast these take their operands in the lower precision.
 LOWERED = (
@@ -126,10 +127,33 @@ def mutates(node: Node) -> bool:
         return True
     if schema := getattr(node.target, "_schema", None):
         return schema.is_mutable
-    where = MAYBE_IN_PLACE.get(node.target)
-    if where is not None and len(node.args) > where and node.args[where]:
+    at = _inplace_at(node.target)
+    if at is not None and len(node.args) > at and node.args[at]:
         return True
-    return name.endswith("_") or "autocast" in name or "set_grad" in name or "enter" in name
+    return name.endswith("_") or "autocast" in name or "enter" in name or _switches(node)
+
+
+@functools.cache
+def _inplace_at(function: Callable) -> int | None:
+    """Where the function takes `inplace` unnamed, as nn.Dropout2d and nn.Hardswish give it."""
+    if inspect.isclass(function):
+        return None
+    try:
+        names = [*inspect.signature(function).parameters]
+    except (TypeError, ValueError):  # PyTorch's built-in ones, which have no such argument
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
+def _switches(node: Node) -> bool:
+    """Whether the node switches gradients off or on."""
+    name = "" if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op == "call_function" and ("set_grad" in name or "inference_mode" in name)
+
+
+def switched(first: Node, last: Node) -> bool:
+    """Whether gradients may be recorded at one of the nodes and not at the other."""
+    return any(_switches(node) for node in between(first, last))
 
 
 def between(first: Node, last: Node) -> Iterator[Node]:
@@ -148,25 +172,66 @@ def barrier(first: Node, last: Node, *absorbed: Node) -> str:
     return ""
 
 
-def written(node: Node) -> bool:
-    """Whether anything writes into the node's memory, or into that of which it is a view."""
-    while _is_view(node):
-        node = node.args[0]
-    aliases = [node]
-    for alias in aliases:
+def written(node: Node, after: Node | None = None) -> bool:
+    """Whether anything (behind `after`) writes into the node's memory, or that of which it is a
+    view."""
+    root = _root(node)
+    counts = None if after is None else set(between(after, after))
+    for alias in aliases_of(root):
         for user in alias.users:
-            if user.args and user.args[0] is alias:
-                if mutates(user):
-                    return True
-                aliases += [user] if _is_view(user) else []
+            if mutates(user) and (counts is None or user in counts) and _writes(user, alias):
+                return True
     return False
+
+
+def shared(node: Node) -> bool:
+    """Whether the node's memory is the caller's, or the graph returns a view of it."""
+    root = _root(node)
+    if root.op in ("placeholder", "get_attr"):
+        return True
+    return any(user.op == "output" for alias in aliases_of(root) for user in alias.users)
+
+
+def viewed(node: Node) -> Node | None:
+    """What the node is a view of."""
+    return _first(node) if _is_view(node) else None
+
+
+def _root(node: Node) -> Node:
+    while (source := viewed(node)) is not None:
+        node = source
+    return node
+
+
+def aliases_of(root: Node) -> list[Node]:
+    """The node and all whose results may lie in its memory."""
+    found = {root: None}
+    queue = [root]
+    for alias in queue:
+        for user in alias.users:
+            if user not in found and _first(user) is alias and (_is_view(user) or mutates(user)):
+                found[user] = None
+                queue.append(user)
+    return queue
+
+
+def _first(node: Node):
+    """The first argument, under whatever name."""
+    return node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+
+
+def _writes(user: Node, alias: Node) -> bool:
+    first = _first(user)
+    if first is alias or (isinstance(first, (tuple, list)) and alias in first):
+        return True
+    return alias is user.kwargs.get("out") or hasattr(user.target, "_schema")
 
 
 def _is_view(node: Node) -> bool:
     """Whether the node's result may lie in the memory of its first argument."""
-    if not node.args or not isinstance(node.args[0], Node):
+    if not isinstance(_first(node), Node):
         return False
-    if calls(node, operator.getitem, getattr):
+    if calls(node, operator.getitem, getattr, F.dropout):  # dropout of nothing returns its input
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return node.op in ("call_method", "call_function") and name in VIEWS
@@ -207,7 +272,11 @@ def prune(*nodes) -> None:
 def must_stay(node: Node) -> bool:
     """A write that must stay though nobody reads its result. F.silu(x, inplace=True) of what only
     it read is none."""
-    return mutates(node) and node.target not in MAYBE_IN_PLACE
+    if not mutates(node) or node.op == "call_method" or _inplace_at(node.target) is None:
+        return mutates(node)
+    source = _first(node)
+    made = source.op in ("call_function", "call_method") and not mutates(source)
+    return not made or viewed(source) is not None or len(source.users) > 1
 
 
 def widen(norm: Node, last: Node, *, args: tuple | None = None, **kwargs) -> Node:
@@ -250,7 +319,7 @@ def as_rows(node: Node, before: Node) -> Node:
     """The (N, C) tensor that (N, C, 1, …, 1) is a view of."""
     shape = value(node).shape[:2]
     found = node
-    while (source := _unsqueezed(found)) is not None:
+    while (source := _unsqueezed(found)) is not None and not switched(found, before):
         found = source
     if value(found).dim() == 2 and same_shape(value(found).shape, shape):
         return found
@@ -261,6 +330,8 @@ def _unsqueezed(node: Node) -> Node | None:
     """t of t[:, :, None, None], t[..., None], t.unsqueeze(-1) or t.reshape(n, c, 1, 1)."""
     known = calls(node, operator.getitem, torch.unsqueeze, torch.reshape, method="unsqueeze")
     if not known and node_method(node) not in ("view", "reshape"):
+        return None
+    if not node.args:
         return None
     if calls(node, operator.getitem):
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)

@@ -24,6 +24,7 @@ from .nodes import (
     sole_user,
     value,
     where,
+    written,
 )
 
 
@@ -38,6 +39,8 @@ def rewrite(node: Node) -> Node | str | None:
         return f"it divides by the {given['p']}-norm, not the 2-norm"
     if x.dtype not in DTYPES or value(node).dtype not in DTYPES:
         return f"x is {x.dtype}: the kernels take float32, bfloat16 and float16"
+    if not isinstance(given["eps"], (int, float)) or given["eps"] <= 0:
+        return f"its eps is {given['eps']}"
     c, last, weight, factor = x.shape[1], node, None, 1.0
     while (user := sole_user(last)) is not None:
         term = other(operands(user, "mul") or (None, None), last)
@@ -50,6 +53,8 @@ def rewrite(node: Node) -> Node | str | None:
         last = user
     if not isinstance(c, int) or not math.isclose(factor, math.sqrt(c), rel_tol=1e-6):
         return f"its factor is {factor:g}, not the square root of its {c} channels"
+    if weight is not None and written(weight, after=last):
+        return "its weight is written in place later, and must be kept as it was"
     if why := barrier(node, last):
         return why
     result = value(last)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from .. import ops
-from .nodes import arguments, calls, emit, method, put, same_shape, value
+from .nodes import arguments, calls, emit, method, put, same_shape, value, written
 
 NAMES = "query key value attn_mask dropout_p is_causal scale enable_gqa"
 
@@ -28,6 +28,8 @@ def rewrite(node: Node) -> Node | str | None:
     fits = same_shape(k.shape, v.shape) and same_shape(q.shape[:2], k.shape[:2])
     if not fits or not same_shape(q.shape[3:], k.shape[3:]):
         return f"q, k, v are {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+    if any(written(t, after=node) for t in heads):
+        return "q, k or v is written in place later, and must be kept as it was"
     dtype = value(node).dtype  # under autocast the lower one
     heads = [t if value(t).dtype == dtype else method(node, t, "to", dtype) for t in heads]
     kwargs = {"scale": given["scale"]}
