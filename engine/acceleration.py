@@ -1,14 +1,16 @@
 """engine.accelerate: somebody's model on our ops, in place, until `undo`."""
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import memory_format
 from .backend import Backend
 from .rewrite import Report
 
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 # Modules are keys, and no handle keeps one alive: a dictionary on the module itself would be copied
 # and pickled with it.
 _handles: "weakref.WeakKeyDictionary[nn.Module, Handle]" = weakref.WeakKeyDictionary()
@@ -21,11 +23,12 @@ class Handle:
         self.inner, self.channels_last = inner, channels_last
         self._modules = [weakref.ref(module) for module in modules]
         self._backends = [Backend(inner) for _ in modules]
-        self._relaid: list[weakref.ref] = []
+        self._relaid = WeakTensorKeyDictionary()
         for module, backend in zip(modules, self._backends, strict=True):
-            if channels_last:
-                self._relaid += [weakref.ref(t) for t in _to_channels_last(module)]
             module.compile(backend=backend)
+            if channels_last:
+                memory_format.to_channels_last(module, self._relaid)
+                module._compiled_call_impl = _laid_before(module, self._relaid)
 
     @property
     def report(self) -> Report:
@@ -43,11 +46,7 @@ class Handle:
             if module is not None and _handles.get(module) is self:
                 module._compiled_call_impl = None
                 del _handles[module]
-        for reference in self._relaid:
-            if (t := reference()) is not None:
-                plain = torch.empty_like(t, memory_format=torch.contiguous_format)
-                t.data = plain.detach().copy_(t.data)
-        self._relaid = []
+        memory_format.back(self._relaid)
 
     def __enter__(self) -> "Handle":
         return self
@@ -66,7 +65,8 @@ def accelerate(model, inner: str = "eager", channels_last: bool = True) -> Handl
     an autoencoder its encoder and decoder). Classes, parameters, state-dict keys and hooks stay
     what they are; copies and pickles of the model are plain ones. inner: "eager" runs the rewritten
     graph as it is, "inductor" compiles it further, which takes a minute. channels_last: lays the
-    weights of convolutions so that everything between them follows.
+    weights of convolutions so that everything between them follows, and those that are loaded
+    later ahead of the next call.
     The first call compiles, and once more the first with other sizes. Hooks that are registered
     after it are not seen, as with torch.compile: undo, register, accelerate. Kernels have no second
     derivative: undo for a loss on gradients. The same call again returns the same handle; another
@@ -95,6 +95,20 @@ def accelerate(model, inner: str = "eager", channels_last: bool = True) -> Handl
     return handle
 
 
+def _laid_before(module: nn.Module, relaid: WeakTensorKeyDictionary) -> Callable:
+    """The module's compiled call, ahead of it the weights that were exchanged since the last one:
+    `load_state_dict(assign=True)` and diffusers' `from_pretrained` put in others, which lie as in
+    their file. Two copies of a model would round differently, and the one would lose its speed."""
+    compiled, reference = module._compiled_call_impl, weakref.ref(module)
+
+    def call(*args, **kwargs):
+        if not torch.compiler.is_compiling() and (found := reference()) is not None:
+            memory_format.to_channels_last(found, relaid)
+        return compiled(*args, **kwargs)
+
+    return call
+
+
 def _targets(model) -> list[nn.Module]:
     """The modules to compile."""
     if isinstance(model, nn.Module):
@@ -120,19 +134,3 @@ def _halves(module: nn.Module) -> list[nn.Module]:
     if hasattr(module, "decode") and all(isinstance(half, nn.Module) for half in halves):
         return halves
     return [module]
-
-
-def _to_channels_last(module: nn.Module) -> list[torch.Tensor]:
-    """Lays weights of convolutions channels_last; returns those that lay otherwise."""
-    changed = []
-    for layer in module.modules():
-        weight = getattr(layer, "weight", None)
-        if not isinstance(layer, (nn.Conv2d, nn.Conv3d)) or not isinstance(weight, nn.Parameter):
-            continue
-        # With one channel a weight is contiguous in both ways, and `contiguous` would return it as
-        # it is; but a convolution goes by the strides, and everything behind it follows.
-        laid = torch.empty_like(weight, memory_format=_FORMATS[weight.dim()])
-        if weight.is_contiguous() and weight.stride() != laid.stride():
-            weight.data = laid.detach().copy_(weight.data)
-            changed.append(weight)
-    return changed
