@@ -9,7 +9,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import memory_format
 from .backend import Backend
-from .rewrite import Report
+from .rewrite import Left, Report
 
 # Modules are keys, and no handle keeps one alive: a dictionary on the module itself would be copied
 # and pickled with it.
@@ -19,8 +19,11 @@ _handles: "weakref.WeakKeyDictionary[nn.Module, Handle]" = weakref.WeakKeyDictio
 class Handle:
     """What `accelerate` returned: `report` and `undo`. A context manager: undoes at its end."""
 
-    def __init__(self, modules: list[nn.Module], inner: str, channels_last: bool):
+    def __init__(
+        self, modules: list[nn.Module], parts: list[Left], inner: str, channels_last: bool
+    ):
         self.inner, self.channels_last = inner, channels_last
+        self._parts = parts  # of a pipeline, those that were not taken
         self._modules = [weakref.ref(module) for module in modules]
         self._backends = [Backend(inner) for _ in modules]
         self._relaid = WeakTensorKeyDictionary()
@@ -33,8 +36,8 @@ class Handle:
     @property
     def report(self) -> Report:
         """What was replaced and what was left, of every graph compiled so far: none before the
-        first call."""
-        whole = Report()
+        first call. Of a pipeline also the parts that were not taken."""
+        whole = Report(left=list(self._parts))
         for backend in self._backends:
             whole.add(backend.report)
         return whole
@@ -61,12 +64,12 @@ class Handle:
 def accelerate(model, inner: str = "eager", channels_last: bool = True) -> Handle:
     """Runs the model on our ops from its next call on: torch.compile(backend="engine") in place.
 
-    model: an nn.Module, or a diffusers pipeline, of which every part with a GroupNorm is taken (of
-    an autoencoder its encoder and decoder). Classes, parameters, state-dict keys and hooks stay
-    what they are; copies and pickles of the model are plain ones. inner: "eager" runs the rewritten
-    graph as it is, "inductor" compiles it further, which takes a minute. channels_last: lays the
-    weights of convolutions so that everything between them follows, and those that are loaded
-    later ahead of the next call.
+    model: an nn.Module, or a diffusers pipeline, of which every part with a GroupNorm or a channel
+    RMS norm is taken (of an autoencoder its encoder and decoder). Classes, parameters, state-dict
+    keys and hooks stay what they are; copies and pickles of the model are plain ones. inner:
+    "eager" runs the rewritten graph as it is, "inductor" compiles it further, which takes a minute.
+    channels_last: lays the weights of convolutions so that everything between them follows, and
+    those that are loaded later ahead of the next call.
     The first call compiles, and once more the first with other sizes. Hooks that are registered
     after it are not seen, as with torch.compile: undo, register, accelerate. Kernels have no second
     derivative: undo for a loss on gradients. The same call again returns the same handle; another
@@ -74,7 +77,7 @@ def accelerate(model, inner: str = "eager", channels_last: bool = True) -> Handl
     Raises ValueError for an unknown `inner`, a model that is no module or has none to take, and one
     that torch.compile has already compiled.
     """
-    modules = _targets(model)
+    modules, parts = _targets(model)
     known = {id(h): h for module in modules if (h := _handles.get(module)) is not None}
     for handle in known.values():
         covered = {r() for r in handle._modules}.issuperset(modules)
@@ -89,7 +92,7 @@ def accelerate(model, inner: str = "eager", channels_last: bool = True) -> Handl
                 f"accelerate: {type(module).__name__} is already compiled: accelerate the module "
                 'itself, or give torch.compile backend="engine"'
             )
-    handle = Handle(modules, inner, channels_last)
+    handle = Handle(modules, parts, inner, channels_last)
     for module in modules:
         _handles[module] = handle
     return handle
@@ -109,23 +112,46 @@ def _laid_before(module: nn.Module, relaid: WeakTensorKeyDictionary) -> Callable
     return call
 
 
-def _targets(model) -> list[nn.Module]:
-    """The modules to compile."""
+def _targets(model) -> tuple[list[nn.Module], list[Left]]:
+    """The modules to compile, each once; of a pipeline also the parts that are none of them."""
     if isinstance(model, nn.Module):
-        return _halves(model)
+        return _halves(model), []
     parts = getattr(model, "components", None)
     if not isinstance(parts, dict):
         raise ValueError(
             f"accelerate: model is {type(model).__name__}, expected an nn.Module or a pipeline "
             "with components"
         )
-    found = []
-    for part in parts.values():
-        if isinstance(part, nn.Module) and any(isinstance(m, nn.GroupNorm) for m in part.modules()):
+    found, left = [], []
+    for name, part in parts.items():
+        if not isinstance(part, nn.Module):
+            continue
+        if any(_is_norm(m) for m in part.modules()):
             found += _halves(part)
+        else:
+            why = f"{type(part).__name__} has neither a GroupNorm nor a channel RMS norm"
+            left.append(Left("part of the pipeline", name, why))
     if not found:
-        raise ValueError(f"accelerate: no part of {type(model).__name__} has a GroupNorm")
-    return found
+        raise ValueError(
+            f"accelerate: no part of {type(model).__name__} has a GroupNorm or a channel RMS norm"
+        )
+    return list(dict.fromkeys(found)), left
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a norm of ours may stand for it.
+
+    RMS norms are everybody's own: what they share is a weight of one number per channel, shaped to
+    be multiplied with pictures, (1, C, 1, 1) or (C, 1, 1).
+    """
+    if isinstance(module, nn.GroupNorm):
+        return True
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        return False
+    return any(
+        3 <= p.dim() <= 5 and p.shape[0 if p.shape[0] > 1 else 1] == p.numel() > 1
+        for p in module.parameters(recurse=False)
+    )
 
 
 def _halves(module: nn.Module) -> list[nn.Module]:

@@ -247,8 +247,25 @@ def test_pipeline():
         assert torch.allclose(pictures(), expected, atol=1e-4)
     assert fused(handle.report)["GroupNorm → SiLU"] > 3
     assert torch.equal(pictures(), expected)
-    with pytest.raises(ValueError, match="no part of SimpleNamespace has a GroupNorm"):
+    nothing = "no part of SimpleNamespace has a GroupNorm or a channel RMS norm"
+    with pytest.raises(ValueError, match=nothing):
         engine.accelerate(SimpleNamespace(components={"head": nn.Linear(2, 2)}))
+
+
+def test_parts_of_a_pipeline():
+    """Those with a norm of ours, each once; the report says why the others were left."""
+    torch.compiler.reset()
+    unet = foreign_models.DenoisingDiffusion()  # no GroupNorm in it
+    image_encoder = nn.Sequential(nn.Conv2d(3, 1, 1), nn.LayerNorm(4), nn.Embedding(2, 4))
+    components = {"unet": unet, "prior": unet, "image_encoder": image_encoder, "tokenizer": str}
+    expected = unet(X, T)
+    with engine.accelerate(SimpleNamespace(components=components)) as handle:
+        assert torch.allclose(unet(X, T), expected, atol=1e-4)
+        assert image_encoder._compiled_call_impl is None
+    assert fused(handle.report) == unet.expected() and handle.report.graphs == 1
+    (left,) = handle.report.left
+    assert left.where == "image_encoder"
+    assert left.why == "Sequential has neither a GroupNorm nor a channel RMS norm"
 
 
 def test_save_and_load_of_a_diffusers_model(tmp_path):
