@@ -1,11 +1,13 @@
 """torch.compile(backend="engine") and engine.accelerate: how they are called, what they leave."""
 
 import copy
+import gc
 import io
 import pickle
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,6 +120,58 @@ def test_a_convolution_of_one_channel_is_laid_too():
     model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU())
     engine.accelerate(model)
     assert model(X[:, :1]).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_model_of_layers_alone():
+    """Its frames are all PyTorch's own, which Dynamo does not enter. Many such: it keeps and counts
+    compiled versions per code, of which eight would be the end."""
+    torch.compiler.reset()
+    for c in range(2, 22, 2):
+        model = nn.Sequential(nn.Conv2d(2, c, 3), nn.Sequential(nn.GroupNorm(2, c), nn.SiLU()))
+        expected = model(X)
+        handle = engine.accelerate(model)
+        assert torch.allclose(model(X), expected, atol=1e-5)
+        assert handle.report.graphs == 1 and fused(handle.report) == {"GroupNorm → SiLU": 1}
+    assert "GroupNorm → SiLU                     1.0" in str(handle.report)
+    assert copy.deepcopy(model)._compiled_call_impl is None
+    reference = weakref.ref(model)
+    del model, handle
+    gc.collect()
+    assert reference() is None
+
+
+class Numbers(nn.Module):
+    """Whatever number a norm or an attention takes is a float of the module's own."""
+
+    def __init__(self, eps, scale):
+        super().__init__()
+        self.eps, self.scale, self.root = eps, scale, 2.0**0.5
+        self.g = nn.Parameter(torch.rand(1, 2, 1, 1))
+
+    def forward(self, x):
+        x = F.group_norm(x, 2, eps=self.eps)
+        x = F.normalize(x, dim=1, eps=self.eps) * self.g * self.root
+        x = F.scaled_dot_product_attention(x, x, x, scale=self.scale)
+        y = x.flatten(0, 1)
+        y = torch.bmm((torch.bmm(y, y.transpose(1, 2)) * self.scale).softmax(-1), y)
+        scores = torch.baddbmm(torch.empty_like(y), y, y, beta=0, alpha=self.scale)
+        y = torch.bmm(scores.softmax(-1), y)
+        return torch.bmm((torch.bmm(y, y.transpose(1, 2)) / self.scale).softmax(-1), y)
+
+
+def test_models_of_one_class_with_other_numbers():
+    """Of the second on, Dynamo makes the floats in which they differ inputs of the graph."""
+    torch.compiler.reset()
+    models = [Numbers(*numbers).eval() for numbers in ((1e-5, 0.3), (0.1, 0.7), (0.4, 0.9))]
+    models[2].root = 1.0  # not the square root of two: no RMS norm, and the others' stay right
+    expected = [model(X) for model in models]
+    handles = [engine.accelerate(model) for model in models]
+    for _ in range(2):
+        for model, truth, handle in zip(models, expected, handles, strict=True):
+            assert torch.allclose(model(X), truth, atol=1e-5)
+            rms = {} if model.root == 1.0 else {"RMS norm": 1}
+            assert fused(handle.report) == {"GroupNorm": 1, "attention": 4, **rms}, handle.report
+    assert all(handle.report.graphs == 1 for handle in handles)
 
 
 def test_an_old_handle_does_not_undo_a_newer_one(model):
