@@ -1,22 +1,19 @@
 """denoising-diffusion-pytorch's own U-Nets, untouched and accelerated.
 
 Float32, and bfloat16 under autocast, which is how it trains (its time embedding is float32 in any
-case). The package imports torchvision, which is not among our requirements: without it, the U-Net
-of its classifier-free guidance is read from its file, which needs no torchvision, and the others
-are left out.
+case). All but the class-conditional one need torchvision, which is not among our requirements.
 """
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
+from denoising_library import PACKAGE, from_file, package
 from rewriting import check_model, fused
 from torch import nn
 
 import engine
 
-PACKAGE = "denoising_diffusion_pytorch"
 MODES = pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 SMALL = dict(dim=8, dim_mults=(1, 2), channels=2, attn_dim_head=8, attn_heads=2)
 UNETS = {
@@ -25,23 +22,6 @@ UNETS = {
     "self-conditioned": dict(self_condition=True),
     "full attention, learned variance": dict(full_attn=(True, True), learned_variance=True),
 }
-
-
-def package():
-    pytest.importorskip("einops")
-    found = importlib.util.find_spec(PACKAGE)
-    if found is None:
-        pytest.skip(f"could not import '{PACKAGE}'")
-    return found
-
-
-def from_file(name: str):
-    """A module of the package, by its file: the package's own __init__ is not run."""
-    path = Path(package().origin).parent / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"{PACKAGE}_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def check(library, model, inputs, autocast, **kwargs):
