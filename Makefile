@@ -132,6 +132,9 @@ $(VENV_STAMP):
 	@test -x $(PY) || { echo 'no virtual environment could be made: install python3-venv, or use VENV=none' >&2; exit 2; }
 	@touch $@
 
+# A library that the tests read, without its own requirements: torchvision would bring another torch.
+UNDEMANDING := denoising-diffusion-pytorch
+
 # torch first and pinned, so that no later step brings another one.
 $(PACKAGES_STAMP): $(VENV_STAMP) pyproject.toml $(TORCH_CHANGED)
 	@echo 'installing $(TORCH)'
@@ -141,6 +144,7 @@ $(PACKAGES_STAMP): $(VENV_STAMP) pyproject.toml $(TORCH_CHANGED)
 	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/torch.txt
 	@$(PY) -c "$$LIST_REQUIREMENTS" > $(VENV)/requirements.txt
 	@$(PIP_INSTALL) -c $(VENV)/torch.txt -r $(VENV)/requirements.txt
+	@$(PIP_INSTALL) --no-deps $(UNDEMANDING)
 	@touch $@
 
 endif

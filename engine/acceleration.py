@@ -1,15 +1,17 @@
 """engine.accelerate: somebody's model on our ops, in place, until `undo`."""
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import memory_format
 from .backend import Backend
-from .rewrite import Report
+from .rewrite import Left, Report
 
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Modules are keys, and no handle keeps one alive: a dictionary on the module itself would be copied
 # and pickled with it.
@@ -19,21 +21,25 @@ _handles: "weakref.WeakKeyDictionary[nn.Module, Handle]" = weakref.WeakKeyDictio
 class Handle:
     """What `accelerate` returned: `report` and `undo`. A context manager: undoes at its end."""
 
-    def __init__(self, modules: list[nn.Module], inner: str, channels_last: bool):
+    def __init__(
+        self, modules: list[nn.Module], parts: list[Left], inner: str, channels_last: bool
+    ):
         self.inner, self.channels_last = inner, channels_last
+        self._parts = parts  # of a pipeline, those that were not taken
         self._modules = [weakref.ref(module) for module in modules]
         self._backends = [Backend(inner) for _ in modules]
-        self._relaid: list[weakref.ref] = []
+        self._relaid = WeakTensorKeyDictionary()
         for module, backend in zip(modules, self._backends, strict=True):
-            if channels_last:
-                self._relaid += [weakref.ref(t) for t in _to_channels_last(module)]
             _compile(module, backend)
+            if channels_last:
+                memory_format.to_channels_last(module, self._relaid)
+                module._compiled_call_impl = _laid_before(module, self._relaid)
 
     @property
     def report(self) -> Report:
         """What was replaced and what was left, of every graph compiled so far: none before the
-        first call."""
-        whole = Report()
+        first call. Of a pipeline also the parts that were not taken."""
+        whole = Report(left=list(self._parts))
         for backend in self._backends:
             whole.add(backend.report)
         return whole
@@ -45,10 +51,7 @@ class Handle:
             if module is not None and _handles.get(module) is self:
                 module._compiled_call_impl = None
                 del _handles[module]
-        for reference in self._relaid:
-            if (t := reference()) is not None:
-                _lay(t, torch.contiguous_format)
-        self._relaid = []
+        memory_format.back(self._relaid)
 
     def __enter__(self) -> "Handle":
         return self
@@ -63,12 +66,13 @@ class Handle:
 def accelerate(model, inner: str = "eager", channels_last: bool = True) -> Handle:
     """Runs the model on our ops from its next call on: torch.compile(backend="engine") in place.
 
-    model: an nn.Module, or a diffusers pipeline, of which every part with a GroupNorm is taken (of
-    an autoencoder its encoder and decoder). Classes, parameters, state-dict keys and hooks stay
-    what they are; copies and pickles of the model are plain ones. inner: "eager" runs the rewritten
-    graph as it is, "inductor" compiles it further, which takes a minute. channels_last: lays the
-    weights of convolutions so that everything between them follows; code that takes the other
-    layout for granted (x.view(n, -1) of a picture, in or behind the model) needs False or reshape.
+    model: an nn.Module, or a diffusers pipeline, of which every part with a GroupNorm or a channel
+    RMS norm is taken (of an autoencoder its encoder and decoder). Classes, parameters, state-dict
+    keys and hooks stay what they are; copies and pickles of the model are plain ones. inner:
+    "eager" runs the rewritten graph as it is, "inductor" compiles it further, which takes a minute.
+    channels_last: lays the weights of convolutions so that everything between them follows, and
+    those that are loaded later ahead of the next call; code that takes the other layout for granted
+    (x.view(n, -1) of a picture, in or behind the model) needs False or reshape.
     The first call compiles, and once more the first with other sizes. Hooks that are registered
     after it are not seen, as with torch.compile: undo, register, accelerate. Kernels have no second
     derivative: undo for a loss on gradients. The same call again returns the same handle; another
@@ -76,7 +80,7 @@ def accelerate(model, inner: str = "eager", channels_last: bool = True) -> Handl
     Raises ValueError for an unknown `inner`, a model that is no module or has none to take, and one
     that torch.compile has already compiled.
     """
-    modules = _targets(model)
+    modules, parts = _targets(model)
     known = {id(h): h for module in modules if (h := _handles.get(module)) is not None}
     for handle in known.values():
         covered = {r() for r in handle._modules}.issuperset(modules)
@@ -91,37 +95,10 @@ def accelerate(model, inner: str = "eager", channels_last: bool = True) -> Handl
                 f"accelerate: {type(module).__name__} is already compiled: accelerate the module "
                 'itself, or give torch.compile backend="engine"'
             )
-    handle = Handle(modules, inner, channels_last)
+    handle = Handle(modules, parts, inner, channels_last)
     for module in modules:
         _handles[module] = handle
     return handle
-
-
-def _targets(model) -> list[nn.Module]:
-    """The modules to compile."""
-    if isinstance(model, nn.Module):
-        return _halves(model)
-    parts = getattr(model, "components", None)
-    if not isinstance(parts, dict):
-        raise ValueError(
-            f"accelerate: model is {type(model).__name__}, expected an nn.Module or a pipeline "
-            "with components"
-        )
-    found = []
-    for part in parts.values():
-        if isinstance(part, nn.Module) and any(isinstance(m, nn.GroupNorm) for m in part.modules()):
-            found += _halves(part)
-    if not found:
-        raise ValueError(f"accelerate: no part of {type(model).__name__} has a GroupNorm")
-    return found
-
-
-def _halves(module: nn.Module) -> list[nn.Module]:
-    """An autoencoder is called through encode and decode: its halves. Any other module itself."""
-    halves = [getattr(module, name, None) for name in ("encoder", "decoder")]
-    if hasattr(module, "decode") and all(isinstance(half, nn.Module) for half in halves):
-        return halves
-    return [module]
 
 
 def _compile(self: nn.Module, backend: Backend) -> None:
@@ -143,30 +120,65 @@ def _compile(self: nn.Module, backend: Backend) -> None:
     self._compiled_call_impl = call
 
 
-def _to_channels_last(module: nn.Module) -> list[torch.Tensor]:
-    """Lays weights of convolutions channels_last; returns those that lay otherwise."""
-    changed = []
-    for layer in module.modules():
-        weight = getattr(layer, "weight", None)
-        if not isinstance(layer, (nn.Conv2d, nn.Conv3d)) or not isinstance(weight, nn.Parameter):
+def _laid_before(module: nn.Module, relaid: WeakTensorKeyDictionary) -> Callable:
+    """The module's compiled call, ahead of it the weights that were exchanged since the last one:
+    `load_state_dict(assign=True)` and diffusers' `from_pretrained` put in others, which lie as in
+    their file. Two copies of a model would round differently, and the one would lose its speed."""
+    compiled, reference = module._compiled_call_impl, weakref.ref(module)
+
+    def call(*args, **kwargs):
+        if not torch.compiler.is_compiling() and (found := reference()) is not None:
+            memory_format.to_channels_last(found, relaid)
+        return compiled(*args, **kwargs)
+
+    return call
+
+
+def _targets(model) -> tuple[list[nn.Module], list[Left]]:
+    """The modules to compile, each once; of a pipeline also the parts that are none of them."""
+    if isinstance(model, nn.Module):
+        return _halves(model), []
+    parts = getattr(model, "components", None)
+    if not isinstance(parts, dict):
+        raise ValueError(
+            f"accelerate: model is {type(model).__name__}, expected an nn.Module or a pipeline "
+            "with components"
+        )
+    found, left = [], []
+    for name, part in parts.items():
+        if not isinstance(part, nn.Module):
             continue
-        # With one channel a weight is contiguous in both ways, and `contiguous` would return it as
-        # it is; but a convolution goes by the strides, and everything behind it follows.
-        form = _FORMATS[weight.dim()]
-        laid = torch.empty_like(weight, memory_format=form, device="meta")
-        if weight.is_contiguous() and weight.stride() != laid.stride() and _alone(weight):
-            _lay(weight, form)
-            changed.append(weight)
-    return changed
+        if any(_is_norm(m) for m in part.modules()):
+            found += _halves(part)
+        else:
+            why = f"{type(part).__name__} has neither a GroupNorm nor a channel RMS norm"
+            left.append(Left("part of the pipeline", name, why))
+    if not found:
+        raise ValueError(
+            f"accelerate: no part of {type(model).__name__} has a GroupNorm or a channel RMS norm"
+        )
+    return list(dict.fromkeys(found)), left
 
 
-def _alone(t: torch.Tensor) -> bool:
-    """Whether nobody else holds its memory: another process, or a buffer of many parameters."""
-    shared = t.device.type == "cpu" and t.is_shared()
-    return not shared and t.untyped_storage().nbytes() == t.numel() * t.element_size()
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a norm of ours may stand for it.
+
+    RMS norms are everybody's own: what they share is a weight of one number per channel, shaped to
+    be multiplied with pictures, (1, C, 1, 1) or (C, 1, 1).
+    """
+    if isinstance(module, nn.GroupNorm):
+        return True
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        return False
+    return any(
+        3 <= p.dim() <= 5 and p.shape[0 if p.shape[0] > 1 else 1] == p.numel() > 1
+        for p in module.parameters(recurse=False)
+    )
 
 
-def _lay(t: torch.Tensor, form: torch.memory_format) -> None:
-    """Within inference mode too: what is trained later must be an ordinary tensor."""
-    with torch.inference_mode(t.is_inference()):
-        t.data = torch.empty_like(t, memory_format=form).detach().copy_(t.data)
+def _halves(module: nn.Module) -> list[nn.Module]:
+    """An autoencoder is called through encode and decode: its halves. Any other module itself."""
+    halves = [getattr(module, name, None) for name in ("encoder", "decoder")]
+    if hasattr(module, "decode") and all(isinstance(half, nn.Module) for half in halves):
+        return halves
+    return [module]

@@ -33,15 +33,15 @@ class HandSiLU(nn.Module):
 
 
 class GuidedBlock(nn.Module):
-    def __init__(self, c_in, c_out, emb, adaptive, checkpointed, dropout=0.0):
+    def __init__(self, c_in, c_out, emb, adaptive, checkpointed, dropout=0.0, groups=4):
         super().__init__()
         self.adaptive, self.checkpointed = adaptive, checkpointed
         self.in_layers = nn.Sequential(
-            GroupNorm32(4, c_in), HandSiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)
+            GroupNorm32(groups, c_in), HandSiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(HandSiLU(), nn.Linear(emb, c_out * (2 if adaptive else 1)))
         self.out_layers = nn.Sequential(
-            GroupNorm32(4, c_out),
+            GroupNorm32(groups, c_out),
             HandSiLU(),
             nn.Dropout(dropout),
             nn.Conv2d(c_out, c_out, 3, padding=1),
@@ -90,10 +90,10 @@ def new_attention(qkv, heads):  # (3, heads, D)
 
 
 class GuidedAttention(nn.Module):
-    def __init__(self, c, heads, attend):
+    def __init__(self, c, heads, attend, groups=4):
         super().__init__()
         self.heads, self.attend = heads, attend
-        self.norm = GroupNorm32(4, c)
+        self.norm = GroupNorm32(groups, c)
         self.qkv = nn.Conv1d(c, 3 * c, 1)
         self.proj_out = nn.Conv1d(c, c, 1)
 
@@ -108,18 +108,22 @@ class GuidedAttention(nn.Module):
 class GuidedDiffusion(nn.Module):
     """Two levels; the concatenation of a skip is read by the shortcut too."""
 
-    def __init__(self, adaptive=False, legacy=True, checkpointed=False, c=16, dropout=0.0):
+    def __init__(
+        self, adaptive=False, legacy=True, checkpointed=False, c=16, dropout=0.0, groups=4
+    ):
         super().__init__()
-        options = dict(emb=c, adaptive=adaptive, checkpointed=checkpointed, dropout=dropout)
+        options = dict(
+            emb=c, adaptive=adaptive, checkpointed=checkpointed, dropout=dropout, groups=groups
+        )
         self.c = c
         self.embed = nn.Sequential(nn.Linear(c, c), HandSiLU(), nn.Linear(c, c))
         self.first = nn.Conv2d(2, c, 3, padding=1)
         self.down = GuidedBlock(c, c, **options)
         self.wide = GuidedBlock(c, 2 * c, **options)
         attend = legacy_attention if legacy else new_attention
-        self.attention = GuidedAttention(2 * c, 4, attend)
+        self.attention = GuidedAttention(2 * c, 4, attend, groups)
         self.up = GuidedBlock(3 * c, c, **options)
-        self.out = nn.Sequential(GroupNorm32(4, c), HandSiLU(), nn.Conv2d(c, 2, 3, padding=1))
+        self.out = nn.Sequential(GroupNorm32(groups, c), HandSiLU(), nn.Conv2d(c, 2, 3, padding=1))
 
     def forward(self, x, t):
         rate = torch.exp(-math.log(1e4) * torch.arange(self.c // 2, device=x.device) / self.c * 2)

@@ -1,11 +1,13 @@
 """torch.compile(backend="engine") and engine.accelerate: how they are called, what they leave."""
 
 import copy
+import gc
 import io
 import pickle
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,6 +170,58 @@ def test_memory_that_others_hold_stays_where_it_is(model):
     assert not model[6].weight.is_contiguous()
 
 
+def test_a_model_of_layers_alone():
+    """Its frames are all PyTorch's own, which Dynamo does not enter. Many such: it keeps and counts
+    compiled versions per code, of which eight would be the end."""
+    torch.compiler.reset()
+    for c in range(2, 22, 2):
+        model = nn.Sequential(nn.Conv2d(2, c, 3), nn.Sequential(nn.GroupNorm(2, c), nn.SiLU()))
+        expected = model(X)
+        handle = engine.accelerate(model)
+        assert torch.allclose(model(X), expected, atol=1e-5)
+        assert handle.report.graphs == 1 and fused(handle.report) == {"GroupNorm → SiLU": 1}
+    assert "GroupNorm → SiLU                     1.0" in str(handle.report)
+    assert copy.deepcopy(model)._compiled_call_impl is None
+    reference = weakref.ref(model)
+    del model, handle
+    gc.collect()
+    assert reference() is None
+
+
+class Numbers(nn.Module):
+    """Whatever number a norm or an attention takes is a float of the module's own."""
+
+    def __init__(self, eps, scale):
+        super().__init__()
+        self.eps, self.scale, self.root = eps, scale, 2.0**0.5
+        self.g = nn.Parameter(torch.rand(1, 2, 1, 1))
+
+    def forward(self, x):
+        x = F.group_norm(x, 2, eps=self.eps)
+        x = F.normalize(x, dim=1, eps=self.eps) * self.g * self.root
+        x = F.scaled_dot_product_attention(x, x, x, scale=self.scale)
+        y = x.flatten(0, 1)
+        y = torch.bmm((torch.bmm(y, y.transpose(1, 2)) * self.scale).softmax(-1), y)
+        scores = torch.baddbmm(torch.empty_like(y), y, y, beta=0, alpha=self.scale)
+        y = torch.bmm(scores.softmax(-1), y)
+        return torch.bmm((torch.bmm(y, y.transpose(1, 2)) / self.scale).softmax(-1), y)
+
+
+def test_models_of_one_class_with_other_numbers():
+    """Of the second on, Dynamo makes the floats in which they differ inputs of the graph."""
+    torch.compiler.reset()
+    models = [Numbers(*numbers).eval() for numbers in ((1e-5, 0.3), (0.1, 0.7), (0.4, 0.9))]
+    models[2].root = 1.0  # not the square root of two: no RMS norm, and the others' stay right
+    expected = [model(X) for model in models]
+    handles = [engine.accelerate(model) for model in models]
+    for _ in range(2):
+        for model, truth, handle in zip(models, expected, handles, strict=True):
+            assert torch.allclose(model(X), truth, atol=1e-5)
+            rms = {} if model.root == 1.0 else {"RMS norm": 1}
+            assert fused(handle.report) == {"GroupNorm": 1, "attention": 4, **rms}, handle.report
+    assert all(handle.report.graphs == 1 for handle in handles)
+
+
 def test_an_old_handle_does_not_undo_a_newer_one(model):
     old = engine.accelerate(model)
     engine.accelerate(model, channels_last=False)
@@ -295,8 +349,25 @@ def test_pipeline():
         assert torch.allclose(pictures(), expected, atol=1e-4)
     assert fused(handle.report)["GroupNorm → SiLU"] > 3
     assert torch.equal(pictures(), expected)
-    with pytest.raises(ValueError, match="no part of SimpleNamespace has a GroupNorm"):
+    nothing = "no part of SimpleNamespace has a GroupNorm or a channel RMS norm"
+    with pytest.raises(ValueError, match=nothing):
         engine.accelerate(SimpleNamespace(components={"head": nn.Linear(2, 2)}))
+
+
+def test_parts_of_a_pipeline():
+    """Those with a norm of ours, each once; the report says why the others were left."""
+    torch.compiler.reset()
+    unet = foreign_models.DenoisingDiffusion()  # no GroupNorm in it
+    image_encoder = nn.Sequential(nn.Conv2d(3, 1, 1), nn.LayerNorm(4), nn.Embedding(2, 4))
+    components = {"unet": unet, "prior": unet, "image_encoder": image_encoder, "tokenizer": str}
+    expected = unet(X, T)
+    with engine.accelerate(SimpleNamespace(components=components)) as handle:
+        assert torch.allclose(unet(X, T), expected, atol=1e-4)
+        assert image_encoder._compiled_call_impl is None
+    assert fused(handle.report) == unet.expected() and handle.report.graphs == 1
+    (left,) = handle.report.left
+    assert left.where == "image_encoder"
+    assert left.why == "Sequential has neither a GroupNorm nor a channel RMS norm"
 
 
 def test_save_and_load_of_a_diffusers_model(tmp_path):

@@ -215,6 +215,26 @@ def test_inductor():
     check(model, inputs, nn.Module.__call__, torch.float32, model.expected(), inner="inductor")
 
 
+def test_inductor_unet_2d_condition():
+    """Cross-attention, norms with an addend, a skip: whatever a small U-Net of diffusers has."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=12,
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("UpBlock2D",),
+    )
+    model = random_weights(model)
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([7, 931]), torch.randn(2, 5, 12))
+    check(model, inputs, sample, torch.float32, expected_in(model), inner="inductor")
+
+
 def test_checkpointed_dropout_draws_the_same_numbers_twice():
     """A block that is computed again in the backward pass must drop what it dropped before."""
     torch.manual_seed(0)

@@ -22,6 +22,7 @@ from .nodes import (
     emit,
     method,
     node_method,
+    number,
     operands,
     put,
     same,
@@ -170,11 +171,11 @@ def _back(node: Node) -> tuple[Node, float]:
 def _scalar(node: Node) -> tuple[Node, float]:
     """(x, c) of x · c or x / c with a number c; else (node, 1)."""
     if pair := operands(node, "div"):
-        if isinstance(pair[1], (int, float)) and pair[1] and _keeps_dtype(node, pair[0]):
-            return pair[0], 1.0 / pair[1]
+        if (c := number(pair[1])) and _keeps_dtype(node, pair[0]):
+            return pair[0], 1.0 / c
     elif pair := operands(node, "mul"):
         for x, c in (pair, pair[::-1]):
-            if isinstance(c, (int, float)) and _keeps_dtype(node, x):
+            if _keeps_dtype(node, x) and (c := number(c)) is not None:
                 return x, float(c)
     return node, 1.0
 
@@ -238,9 +239,10 @@ def _product(node) -> Product | None:
         return _einsum(node)
     if calls(node, torch.baddbmm):
         given = arguments(node, "input batch1 batch2 beta alpha", beta=1, alpha=1)
-        if given is None or given["beta"] != 0 or not isinstance(given["alpha"], (int, float)):
+        alpha = number(given and given["alpha"])
+        if given is None or given["beta"] != 0 or alpha is None:
             return None
-        a, b, scale = given["batch1"], given["batch2"], float(given["alpha"])
+        a, b, scale = given["batch1"], given["batch2"], float(alpha)
     elif pair := operands(node, "matmul"):
         a, b, scale = *pair, 1.0
     else:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from .. import ops
-from .nodes import arguments, calls, emit, method, put, value, where
+from .nodes import arguments, calls, emit, method, number, put, value, where
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = "input num_groups weight bias eps cudnn_enabled"
@@ -23,13 +23,13 @@ def rewrite(node: Node) -> Node | str | None:
         return None
     if x.dtype not in DTYPES or y.dtype not in DTYPES:
         return f"x is {x.dtype}: the kernels take float32, bfloat16 and float16"
-    groups, eps = given["num_groups"], given["eps"]  # nodes, where they are not constant
-    if x.dim() < 2 or not isinstance(groups, int) or not isinstance(eps, (int, float)) or eps <= 0:
-        return f"x is {tuple(x.shape)} in {groups} groups with eps {eps}"
+    eps = number(given["eps"])
+    if x.dim() < 2 or not isinstance(given["num_groups"], int) or eps is None or not eps > 0:
+        return f"x is {tuple(x.shape)} in {given['num_groups']} groups with eps {given['eps']}"
     source = given["input"]
     if y.dtype != x.dtype:  # autocast computes it in float32
         source = method(node, source, "to", y.dtype)
-    args = (source, given["weight"], given["bias"], groups, eps)
+    args = (source, given["weight"], given["bias"], given["num_groups"], eps)
     kwargs = {"activation": "none"}
     made = emit(node, node, "call_function", ops.group_norm_silu, args, kwargs)
     made.meta["engine_where"] = where(node)

@@ -46,6 +46,22 @@ def value(node) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
+def number(given) -> int | float | None:
+    """The number that an argument is; None where it is none.
+
+    A float of a module in which two models of one class differ is an input of the second's graph:
+    a guard then makes it the number that it is.
+    """
+    if isinstance(given, (int, float)):
+        return given
+    found = given.meta.get("example_value") if isinstance(given, Node) else None
+    if not isinstance(found, torch.SymFloat):
+        return None
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return None if free_unbacked_symbols(found) else float(found)
+
+
 def same(a, b) -> bool:
     """Whether two sizes are equal for sure."""
     if isinstance(a, int) and isinstance(b, int):

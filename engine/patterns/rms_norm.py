@@ -17,6 +17,7 @@ from .nodes import (
     calls,
     emit,
     method,
+    number,
     operands,
     other,
     put,
@@ -37,6 +38,8 @@ def rewrite(node: Node) -> Node | str | None:
         return None
     if given["p"] != 2:
         return f"it divides by the {given['p']}-norm, not the 2-norm"
+    if (eps := number(given["eps"])) is None:
+        return "its eps is computed in the graph"
     if x.dtype not in DTYPES or value(node).dtype not in DTYPES:
         return f"x is {x.dtype}: the kernels take float32, bfloat16 and float16"
     if not isinstance(given["eps"], (int, float)) or given["eps"] <= 0:
@@ -44,8 +47,8 @@ def rewrite(node: Node) -> Node | str | None:
     c, last, weight, factor = x.shape[1], node, None, 1.0
     while (user := sole_user(last)) is not None:
         term = other(operands(user, "mul") or (None, None), last)
-        if isinstance(term, (int, float)):
-            factor *= term
+        if (times := number(term)) is not None:
+            factor *= times
         elif weight is None and _weight(term, x):
             weight = term
         else:
@@ -63,7 +66,7 @@ def rewrite(node: Node) -> Node | str | None:
         source = method(last, source, "to", result.dtype)
     if weight is not None:
         weight = method(last, weight, "flatten")
-    kwargs = {"eps": given["eps"], "activation": "none"}
+    kwargs = {"eps": eps, "activation": "none"}
     made = emit(last, last, "call_function", ops.rms_norm_silu, (source, weight), kwargs)
     made.meta["engine_where"] = where(node)
     return put(made, last)

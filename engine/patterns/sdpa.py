@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from .. import ops
-from .nodes import arguments, calls, emit, method, put, same_shape, value, written
+from .nodes import arguments, calls, emit, method, number, put, same_shape, value, written
 
 NAMES = "query key value attn_mask dropout_p is_causal scale enable_gqa"
 
@@ -30,7 +30,10 @@ def rewrite(node: Node) -> Node | str | None:
         return f"q, k, v are {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
     if any(written(t, after=node) for t in heads):
         return "q, k or v is written in place later, and must be kept as it was"
+    scale = number(given["scale"])
+    if scale is None and given["scale"] is not None:
+        return "its scale is computed in the graph"
     dtype = value(node).dtype  # under autocast the lower one
     heads = [t if value(t).dtype == dtype else method(node, t, "to", dtype) for t in heads]
-    kwargs = {"scale": given["scale"]}
+    kwargs = {"scale": scale}
     return put(emit(node, node, "call_function", ops.attention, heads, kwargs), node)
