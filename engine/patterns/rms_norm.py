@@ -42,8 +42,8 @@ def rewrite(node: Node) -> Node | str | None:
         return "its eps is computed in the graph"
     if x.dtype not in DTYPES or value(node).dtype not in DTYPES:
         return f"x is {x.dtype}: the kernels take float32, bfloat16 and float16"
-    if not isinstance(given["eps"], (int, float)) or given["eps"] <= 0:
-        return f"its eps is {given['eps']}"
+    if eps <= 0:
+        return f"its eps is {eps}"
     c, last, weight, factor = x.shape[1], node, None, 1.0
     while (user := sole_user(last)) is not None:
         term = other(operands(user, "mul") or (None, None), last)
