@@ -52,7 +52,9 @@ def explain(op: str, *args, **kwargs) -> None:
     if op == "attention" and any(t.stride(-1) != 1 for t in call[:3]):
         print("  note: q, k or v has a stride along D; native and triton copy it once")
     if op == "attention_qkv" and (qkv := args[0] if args else kwargs["qkv"]).stride(-1) != 1:
-        print(f"  note: qkv's channels have stride {qkv.stride(-1)}; native and triton copy it once")
+        print(
+            f"  note: qkv's channels have stride {qkv.stride(-1)}; native and triton copy it once"
+        )
     in_place = ("group_norm_silu", "rms_norm_silu", "reverse_step", "forward_noise")
     if op in in_place and copied:
         print(
