@@ -1,8 +1,9 @@
 """Attention on the CPU, ours (native) against PyTorch's SDPA: forward, backward, packed qkv.
 
 Both read q, k, v as a U-Net has them, memory (N, S, heads, D). Of packed qkv eager is the usual
-sequence: split, SDPA on views, merge. torch.compile calls the same SDPA: no third contender. Bytes that must move, of N·S·heads·D elements each: forward 4 (q, k, v,
-out), backward 8 (q, k, v, out, dout, dq, dk, dv).
+sequence: split, SDPA on views, merge. torch.compile calls the same SDPA: no third contender. Bytes
+that must move, of N·S·heads·D elements each: forward 4 (q, k, v, out), backward 8 (q, k, v, out,
+dout, dq, dk, dv).
 """
 
 import pytest
