@@ -2,16 +2,22 @@
 //
 //   out = softmax(q k^T * scale) v,  lse = ln sum exp(q k^T * scale)
 //
-// Blocking: 32 queries at a time, against blocks of 256 keys. Everything is computed transposed,
-// S^T = K Q^T and O^T = V^T P^T: a query is a lane, so maximum and sum of a row are vertical, and
-// P^T is B of the second product after one permutation. K and V^T are packed once per head (and
-// range of a thread), Q once per 32 queries; S^T stays in L1 and P^T takes its place. Over several
-// blocks of keys the sums are rescaled to the running maximum. Precision: products of bfloat16
-// summed in float32, softmax in float32, P rounded to bfloat16, the sum of a row of what was not
-// rounded. -inf, NaN and overflow go the way of plain softmax. Parallel: over blocks of queries;
-// each has one writer and its own order, so threads change no bit. Saved: lse. Refused: nothing of
-// bfloat16. Bound: below D = 64 by the exponentials, 8 operations for 16 of them; then by the
-// tiles' products.
+// Blocking: 32 queries at a time, against blocks of 128 keys, whose scores stay in L1. Everything
+// is computed transposed, S^T = K Q^T and O^T = V^T P^T: a query is a lane, so maximum and sum of a
+// row are vertical, and P^T, which takes the place of S^T, is B of the second product after one
+// permutation. K and V^T are packed once per head (and range of a thread). Over several blocks of
+// keys the sums are rescaled to the running maximum. (Making the scores of the next block between
+// the exponentials of this one was not faster: tiles and vectors wait for the same ports.)
+//
+// Precision: products of bfloat16 summed in float32, softmax in float32, P rounded to bfloat16, the
+// sum of a row of what was not rounded. -inf, NaN and overflow go the way of plain softmax.
+//
+// Parallel: over blocks of queries; each has one writer and its own order, so threads change no
+// bit.
+//
+// Saved: lse. Refused: nothing of bfloat16.
+//
+// Bound: the exponentials, 11 vector operations for 16 of them; from D = 64 on the products, too.
 #include "attention_amx.h"
 
 #include "attention.h"
@@ -35,7 +41,7 @@
 namespace engine {
 namespace amx {
 
-constexpr int64_t kQueries = 32, kKeys = 256;
+constexpr int64_t kQueries = 32, kKeys = 128;
 constexpr float kHuge = 1 << 20;  // scores beyond lose their differences in an fma
 
 struct Forward {

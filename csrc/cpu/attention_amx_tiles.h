@@ -193,9 +193,33 @@ inline void pack_rows(const Rows& m, const Inner& inner, int64_t rows, char* to)
   }
 }
 
+// 4 x 4 dwords in each quarter, of 4 vectors.
+ENGINE_INLINE void transpose_quarters(__m512i* r) {
+  const __m512i lo01 = _mm512_unpacklo_epi32(r[0], r[1]), hi01 = _mm512_unpackhi_epi32(r[0], r[1]);
+  const __m512i lo23 = _mm512_unpacklo_epi32(r[2], r[3]), hi23 = _mm512_unpackhi_epi32(r[2], r[3]);
+  r[0] = _mm512_unpacklo_epi64(lo01, lo23), r[1] = _mm512_unpackhi_epi64(lo01, lo23);
+  r[2] = _mm512_unpacklo_epi64(hi01, hi23), r[3] = _mm512_unpackhi_epi64(hi01, hi23);
+}
+
 // 16 rows, 32 columns from d on, transposed by pairs of columns: r[j] has columns d + 2 j and
-// d + 2 j + 1, row i in lane i.
+// d + 2 j + 1, row i in lane i. Up to 8 columns take an eighth of the shuffles, and make r[0 .. 3].
 ENGINE_INLINE void load_columns(const Rows& m, int64_t row, int64_t d, __m512i* r) {
+  if (m.D <= 8) {
+    const __mmask8 mask = static_cast<__mmask8>((1u << m.D) - 1);
+    __m128i rows[16];
+    ENGINE_UNROLL
+    for (int i = 0; i < 16; ++i) {
+      rows[i] = _mm_maskz_loadu_epi16(row + i < m.count ? mask : 0, m.data + (row + i) * m.stride);
+    }
+    ENGINE_UNROLL
+    for (int j = 0; j < 4; ++j) {  // row 4 i + j in quarter i of vector j
+      const __m256i lo = _mm256_inserti128_si256(_mm256_castsi128_si256(rows[j]), rows[4 + j], 1);
+      const __m256i hi =
+          _mm256_inserti128_si256(_mm256_castsi128_si256(rows[8 + j]), rows[12 + j], 1);
+      r[j] = _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1);
+    }
+    return transpose_quarters(r);
+  }
   ENGINE_UNROLL
   for (int i = 0; i < 16; ++i) r[i] = load_words(m, row + i, d);
   transpose(r);
@@ -315,6 +339,17 @@ void store_transposed(const AttentionView& view, char* head, int64_t row, int64_
     const float* at = by_column + (d + 2 * j) * 16 * pitch;
     r[j] = pair_up(_mm512_mul_ps(load_floats(at), factor),
                    _mm512_mul_ps(load_floats(at + 16 * pitch), factor));
+  }
+  if (D <= 8) {
+    transpose_quarters(r);
+    alignas(64) char quarters[4 * kLine];
+    for (int j = 0; j < 4; ++j) _mm512_store_si512(quarters + j * kLine, r[j]);
+    for (int i = 0; i < 16; ++i) {
+      const int64_t at = row + i + i / 4 * kGap;
+      const __m128i words = _mm_load_si128((const __m128i*)(quarters + i % 4 * kLine + i / 4 * 16));
+      if (at < rows) store_words(view, head, at, 0, D, _mm512_zextsi128_si512(words));
+    }
+    return;
   }
   transpose(r);
   for (int i = 0; i < 16; ++i) {

@@ -7,10 +7,15 @@
 // blocks of 32 keys. S^T = K Q^T and dP^T = V dO^T have keys as rows and queries as lanes; rounded
 // to bfloat16, their rows are A of dV and dK, whose sums over the chunk stay in tiles, and paired
 // by keys B of dQ^T = K^T dS^T, made once all keys of the chunk are through. -delta is what the sum
-// of dP starts from. Over several chunks dK and dV add up in float32. Precision: P and dS are
-// rounded to bfloat16 as factors, all sums are of float32. Parallel: over heads; threads change no
-// bit. Read: q, k, v, out, dout, lse. Refused: nothing of bfloat16. Bound: 15 vector operations for
-// 16 elements of P, and the tiles' five products.
+// of dP starts from. Over several chunks dK and dV add up in float32.
+//
+// Precision: P and dS are rounded to bfloat16 as factors, all sums are of float32.
+//
+// Parallel: over heads; threads change no bit.
+//
+// Read: q, k, v, out, dout, lse. Refused: nothing of bfloat16.
+//
+// Bound: 15 vector operations for 16 elements of P, and the tiles' five products.
 #include "attention.h"
 #include "attention_amx.h"
 #include "isa.h"
