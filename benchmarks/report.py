@@ -34,7 +34,7 @@ NOTES = (
     "from the turn with eager, not with compile. For reverse_step, noise and forward_noise,",
     "eager and compile draw with torch.randn. The allocator keeps freed blocks, for all contenders",
     "alike (benchmarks/conftest.py). In `eager` stand diffusers' schedulers for scheduler_step,",
-    "and ours on one thread for batch_1. attention_qkv is PyTorch's SDPA on both sides. unet_*: a",
+    "and ours on one thread for batch_1. In attention's rows eager is PyTorch's SDPA. unet_*: a",
     "whole model of diffusers, accelerated and not.",
 )
 COLUMNS = "| case | ours µs | eager µs | compile µs | × eager | × compile | GB/s | of copy |"

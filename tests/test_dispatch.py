@@ -88,6 +88,28 @@ def test_sdpa_where_it_is_faster(file, monkeypatch, tmp_path):
     dispatch._sdpa_faster.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "s, d, dtype, gradient, expected",
+    [
+        (16, 64, torch.float32, False, "native"),
+        (15, 64, torch.float32, True, "eager"),
+        (15, 64, torch.bfloat16, False, "eager"),
+        (15, 64, torch.bfloat16, True, "native"),
+        (64, 257, torch.float32, True, "eager"),
+        (64, 512, torch.float16, True, "native"),
+    ],
+)
+def test_sdpa_where_it_is_faster_on_the_cpu(s, d, dtype, gradient, expected, monkeypatch):
+    monkeypatch.delenv("ENGINE_BACKEND", raising=False)
+    if dispatch.absence("attention", "native"):
+        pytest.skip("the extension is not built")
+    q = torch.zeros(1, 1, s, d, dtype=dtype, requires_grad=gradient)
+    call = (q, q, q, 0.1)
+    assert dispatch.pick("attention", "auto", *call) == expected
+    assert ("SDPA (eager) is faster" in dispatch.table("attention", *call)) == (expected == "eager")
+    assert dispatch.pick("attention", "native", *call) == "native"
+
+
 def test_a_failure_takes_the_proof_away(file):
     both = Counter({("noise", "triton"): 5, ("noise", "native"): 5})
     proof.record(GPU, both, Counter(), file)
