@@ -62,8 +62,9 @@ def test_layouts_agree(option):
         out = moved(x, t, y)
         grads = torch.autograd.grad(out.square().sum(), list(moved.parameters()))
         found[layout] = [out, *grads]
-    for a, b in zip(*found.values(), strict=True):
-        assert torch.allclose(a, b, atol=1e-4, rtol=1e-3)
+    whole = torch.cat([g.flatten() for g in found["contiguous"]]).norm()
+    for a, b in zip(*found.values(), strict=True):  # some gradients are zero but for rounding
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6 * whole
 
 
 CHURN = """
