@@ -31,8 +31,11 @@ def prepacked(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     dtype  float32 or bfloat16: what the layers cast to, as autocast does; none is needed around it
 
     Layers that are not exactly our Conv2d or Linear, or have hooks or parametrizations, stay
-    themselves. Raises ValueError for another dtype or a model that is not on the CPU.
+    themselves, and so do those that are packed already; what was compiled in place is not, in the
+    twin. Raises ValueError for what is no module, another dtype, or a model that is not on the CPU.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"prepacked: model is {type(model).__name__}, expected an nn.Module")
     if dtype not in DTYPES:
         raise ValueError(f"prepacked weights are float32 or bfloat16, not {dtype}")
     where = {p.device.type for p in model.parameters()}
@@ -79,9 +82,15 @@ def _missing(model: Callable) -> str:
         return f"a UNet, not {type(model).__name__}"
     if any(p.device.type != "cpu" for p in model.parameters()):
         return "a model on the CPU"
+    if any(m._compiled_call_impl is not None for m in model.modules()):
+        return "a model that is neither accelerated nor compiled"
+    return lacking(_computes_in(model))
+
+
+def lacking(dtype: torch.dtype) -> str:
+    """What this machine lacks for packed weights of that dtype; "" for nothing."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return "oneDNN, which this torch is built without or has turned off"
-    dtype = _computes_in(model)
     if dtype not in DTYPES:
         return f"float32 or bfloat16, not {dtype}"
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -96,8 +105,11 @@ def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         return _PackedConv2d(module, dtype)
     if plain and type(module) is Linear:
         return _PackedLinear(module, dtype)
+    if isinstance(module, (_Packed, _Slice)):
+        return module
     twin = module.__class__.__new__(module.__class__)
     twin.__dict__ = dict(module.__dict__)
+    twin._compiled_call_impl = None  # it would call the module itself, not the twin
     twin._modules = {
         name: None if child is None else _twin(child, dtype)
         for name, child in module._modules.items()
