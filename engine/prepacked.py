@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Conv2d, Linear, ResBlock
+from .device import PACKED, cannot_pack
 from .unet import UNet
 
-DTYPES = (torch.float32, torch.bfloat16)
 # Elements of a pair below which it is quicker to concatenate it than to convolve twice.
 SMALL = 2**18
 
@@ -36,7 +36,7 @@ def prepacked(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"prepacked: model is {type(model).__name__}, expected an nn.Module")
-    if dtype not in DTYPES:
+    if dtype not in PACKED:
         raise ValueError(f"prepacked weights are float32 or bfloat16, not {dtype}")
     where = {p.device.type for p in model.parameters()}
     if where - {"cpu"}:
@@ -84,18 +84,7 @@ def _missing(model: Callable) -> str:
         return "a model on the CPU"
     if any(m._compiled_call_impl is not None for m in model.modules()):
         return "a model that is neither accelerated nor compiled"
-    return lacking(_computes_in(model))
-
-
-def lacking(dtype: torch.dtype) -> str:
-    """What this machine lacks for packed weights of that dtype; "" for nothing."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return "oneDNN, which this torch is built without or has turned off"
-    if dtype not in DTYPES:
-        return f"float32 or bfloat16, not {dtype}"
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "bfloat16 kernels of oneDNN, which this CPU lacks"
-    return ""
+    return cannot_pack(_computes_in(model))
 
 
 def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:

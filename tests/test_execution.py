@@ -22,6 +22,8 @@ def test_auto_on_the_cpu():
     assert e.device.type == "cpu" and e.layout == "channels_last"
     assert e.prepacked and not e.compiled and not choose(**CPU).prepacked
     assert not choose(**CPU, compiled=True, sampling=True).prepacked
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not choose(**CPU, sampling=True).prepacked, "said only where it is done"
     assert choose(**CPU, precision="fp32").precision == torch.float32
     assert choose(**CPU, precision="bf16").precision == torch.bfloat16
 
