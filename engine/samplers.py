@@ -98,12 +98,14 @@ def sample(
     """
     if not isinstance(offset, Integral) or offset < 0:
         raise ValueError(f"offset is {offset!r}, expected the index of the first sample, 0 or more")
-    _check(shape, trajectory, y, classifier, classifier_scale)
+    _check(model, shape, trajectory, y, classifier, classifier_scale)
     if device is None:
         parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
         device = next((p.device for p in parameters), torch.device("cpu"))
     else:
         device = usable_device(device)
+    if device.type == "meta":
+        raise ValueError("device meta: tensors have no values there: give cpu or cuda")
     capturing = _wants_graph(graph, device)
     churn = {"s_churn": s_churn, "s_min": s_min, "s_max": s_max, "s_noise": s_noise}
     times, rows = coefficients(diffusion, sampler, steps, eta, spacing=spacing, **churn)
@@ -115,9 +117,10 @@ def sample(
     first = offset * torch.Size(shape[1:]).numel()
     stops = _stops(n_steps, trajectory)
     z = _injected(noise, shape, n_steps, device)
-    evaluated = [m for m in (model, classifier) if getattr(m, "training", False)]
-    for m in evaluated:
-        m.eval()
+    modules = [m for m in (model, classifier) if isinstance(m, torch.nn.Module)]
+    training = [layer for m in modules for layer in m.modules() if layer.training]
+    for layer in training:
+        layer.training = False
     try:
         # inference_mode makes tensors that a classifier's backward pass could not save.
         with torch.inference_mode(classifier is None), torch.no_grad():
@@ -160,8 +163,8 @@ def sample(
                 if ends and k in stops:
                     states.append(loop.x.clone())
     finally:
-        for m in evaluated:
-            m.train()
+        for layer in training:  # and no other: some may be frozen
+            layer.training = True
     # Out of inference mode, so that the images can be used anywhere, training included.
     x = loop.x.clone()
     return (x, [s.clone() for s in states]) if trajectory else x
@@ -291,7 +294,9 @@ def _wants_graph(graph: bool | str, device: torch.device) -> bool:
     return graph is True  # no committed result yet: "auto" does not
 
 
-def _check(shape, trajectory, y, classifier, classifier_scale) -> None:
+def _check(model, shape, trajectory, y, classifier, classifier_scale) -> None:
+    if not callable(model):
+        raise ValueError(f"model is {type(model).__name__}, expected a function of (x, t)")
     if not isinstance(trajectory, int) or trajectory == 1 or trajectory < 0:
         raise ValueError(f"trajectory is {trajectory}, expected 0 (none) or 2 and more states")
     counts = isinstance(shape, Sequence) and all(isinstance(n, Integral) for n in shape)
@@ -346,6 +351,11 @@ def _model_dtype(
             wanted = torch.get_autocast_dtype(device.type)
         else:
             wanted = net.conv_in.weight.dtype
+        if wanted == torch.float64:
+            raise ValueError(
+                "the model is float64, but the sampler's state is float32: call model.float(), or "
+                "give lambda x, t: model(x.double(), t)"
+            )
         return wanted if wanted in (torch.bfloat16, torch.float16) else None
     if wanted not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(

@@ -103,6 +103,9 @@ class Encoder(nn.Module):
         """Raises ValueError, one sentence, unless x is (N, in_channels, H, W) and t (N,)."""
         c = self.config
         factor = 2 ** (len(c["channel_mult"]) - 1)
+        for name, value in (("x", x), ("t", t)):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} is {type(value).__name__}, expected a tensor")
         if (
             x.dim() != 4
             or x.shape[1] != c["in_channels"]

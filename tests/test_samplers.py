@@ -1,5 +1,6 @@
 """Samplers: coefficients against their definitions, and whole runs with known answers."""
 
+import copy
 import math
 from typing import get_args, get_type_hints
 
@@ -200,6 +201,20 @@ def test_labels_and_modes():
     assert net.training and not images.is_inference()
 
 
+def test_every_module_gets_its_own_mode_back():
+    class Net(torch.nn.Sequential):
+        def forward(self, x, t):
+            assert not any(m.training for m in self.modules())
+            return super().forward(x)
+
+    frozen, trained = torch.nn.Dropout(0.9).eval(), torch.nn.Dropout(0.9)
+    for top in (True, False):
+        net = Net(frozen, trained)
+        net.training = top
+        engine.sample(net, diffusion(25), SHAPE, sampler="ddim", steps=2)
+        assert (net.training, frozen.training, trained.training) == (top, False, True)
+
+
 @pytest.mark.parametrize(
     "kwargs, sentence",
     [
@@ -242,6 +257,8 @@ def test_labels_and_modes():
         (dict(seed=2**64), "seed"),
         (dict(offset=-1), "offset is -1, expected the index of the first sample, 0 or more"),
         (dict(device="toaster"), "'toaster' is no device"),
+        (dict(device="meta"), "device meta: tensors have no values there"),
+        (dict(model=None), "model is NoneType, expected a function of "),
     ],
 )
 def test_bad_input(kwargs, sentence):
@@ -287,6 +304,8 @@ def test_the_step_casts_for_the_network_without_a_change(sampler, steps, impl):
     assert torch.equal(found, expected) and found.dtype == torch.float32
     # This untrained network is chaotic: single pixels may swing, the picture does not.
     assert 0 < (found - plain).abs().mean() < 0.1
+    with pytest.raises(ValueError, match="the model is float64, but the sampler's state is float3"):
+        draw(copy.deepcopy(net).double())
     net.bfloat16()
     found = draw(net)
     assert set(net.seen) == {torch.bfloat16}

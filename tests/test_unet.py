@@ -288,6 +288,8 @@ def test_autocast_keeps_bfloat16_between_convolutions():
         (lambda: engine.UNet(**SMALL)(torch.ones(1, 3, 8, 8), torch.ones(1)), "x is"),
         (lambda: engine.UNet(**SMALL)(torch.ones(1, 2, 9, 8), torch.ones(1)), "multiples of 2"),
         (lambda: engine.UNet(**SMALL)(torch.ones(2, 2, 8, 8), torch.ones(1)), "one step per image"),
+        (lambda: engine.UNet(**SMALL)(torch.ones(2, 2, 8, 8), 5), "t is int, expected a tensor"),
+        (lambda: engine.UNet(**SMALL)([0.0], torch.ones(1)), "x is list, expected a tensor"),
         (
             lambda: engine.UNet(**SMALL)(torch.ones(1, 2, 8, 8), torch.ones(1), torch.ones(1)),
             "takes no y",
