@@ -94,9 +94,15 @@ def verify(
         raise ValueError(f"verify: model is {type(model).__name__}, expected an nn.Module")
     if not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"verify: repeats is {repeats!r}, expected a whole number, 1 or more")
+    if not isinstance(seed, int):
+        raise ValueError(f"verify: seed is {seed!r}, expected a whole number")
     if accelerate is None:
         from . import accelerate
+    if not callable(accelerate):
+        raise ValueError(f"verify: accelerate is {accelerate!r}, expected a function of the model")
     device = _device(model, (inputs, kwargs))
+    if device.type == "meta":
+        raise ValueError("verify: the model is on meta, where tensors have no values to compare")
     low = _precision(model, (inputs, kwargs), device)
     high = torch.float64 if low == torch.float32 else torch.float32
     with torch.inference_mode(False), torch.enable_grad(), _random_numbers_kept(device):

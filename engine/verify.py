@@ -147,7 +147,8 @@ def from_folder(config: VerifyConfig) -> tuple:
     device = usable_device(config.device or device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
     # Not by from_pretrained's option, whose name has changed, nor by diffusers' `to`, which warns.
-    model = getattr(diffusers, name).from_pretrained(folder)
+    # low_cpu_mem_usage wants a package of its own, and complains at length where that is not there.
+    model = getattr(diffusers, name).from_pretrained(folder, low_cpu_mem_usage=False)
     torch.nn.Module.to(model, device, dtype)
     generator = torch.Generator().manual_seed(config.seed)
 
@@ -181,6 +182,9 @@ def _labels(config, n: int, device) -> dict:
 
 
 def unet2d(config, n: int, size: int | None, normal, device) -> tuple:
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    if size and size % factor:
+        raise ValueError(f"--size {size} is not a multiple of {factor}, which this U-Net needs")
     x = _picture(config, n, size, normal)
     return [x, _steps(n, device)], _labels(config, n, device)
 

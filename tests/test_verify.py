@@ -380,6 +380,9 @@ BAD = {
     "model": (dict(model=torch.sin), "model is builtin_function_or_method, expected an nn.Module"),
     "repeats": (dict(repeats=0), "repeats is 0, expected a whole number"),
     "float64": (dict(model=net().double()), "the model is float64, and there is no higher"),
+    "meta": (dict(model=net().to("meta")), "the model is on meta, where tensors have no values"),
+    "accelerate": (dict(accelerate=3), "accelerate is 3, expected a function of the model"),
+    "seed": (dict(seed="a"), "seed is 'a', expected a whole number"),
     "nothing": (dict(model=nn.Identity(), inputs=("text",)), "returned no floating-point tensor"),
 }
 

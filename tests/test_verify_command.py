@@ -88,13 +88,18 @@ def test_command_with_a_folder(accelerate, capsys, tmp_path):
         ),
     }
     accelerate(channels_last)
+    models["unet2d"].save_pretrained(tmp_path / "unet2d")
+    assert main(str(tmp_path / "unet2d"), "--size", "7") == 2
+    assert "--size 7 is not a multiple of 2, which this U-Net needs" in capsys.readouterr().err
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
         options = ("--size", "16") if name == "vae" else ("--batch", "1")
         options += ("--precision", "bf16") if name == "condition" else ()
         folder = str(tmp_path / name)
         assert main(folder, "--repeats", "1", "--device", "cpu", *options) == 0
-        said = capsys.readouterr().out
+        said = capsys.readouterr()
+        assert "low cpu memory" not in said.err
+        said = said.out
         assert f"{type(model).__name__} on cpu, " in said and said.endswith("ok\n")
         assert ("bfloat16" in said) == (name == "condition")
     (tmp_path / "model_index.json").write_text("{}")
