@@ -246,7 +246,8 @@ def table(op: str, *args) -> str:
         verdict = "refuses: " + "; ".join(reasons) if reasons else "serves"
         known = "" if reasons else evidence(op, backend, x.device)
         if not reasons and (source := sdpa_faster(op, backend, args)):
-            known += f"; at this shape PyTorch's SDPA (eager) is faster: {source}"
+            slower = f"at this shape PyTorch's SDPA (eager) is faster: {source}"
+            known = f"{known}; {slower}" if known else slower
         note = f" ({known})" if known else ""
         lines.append(f"  {backend:7s}{verdict}{note}{arrow if backend == chosen else ''}")
     return "\n".join(lines)
