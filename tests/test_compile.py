@@ -109,6 +109,31 @@ def test_fullgraph(op, impl_name, backend):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("impl_name", ["eager", "native"])
+@pytest.mark.parametrize("op", ["group_norm_silu", "rms_norm_silu", "attention"])
+def test_one_tensor_for_several_operands(op, impl_name, backend):
+    """Dynamo refuses an autograd.Function that gets a tensor twice."""
+    impl = backend
+    x = torch.randn(2, 8, 4, 6, device=DEVICE, requires_grad=True)
+    w, s = (torch.randn(n, device=DEVICE, requires_grad=True) for n in ((8,), (2, 8)))
+
+    def function(x, w, s):
+        if op == "attention":
+            return ops.attention(x, x, x, impl=impl)
+        if op == "rms_norm_silu":
+            return ops.rms_norm_silu(x, w, scale=s, shift=s, impl=impl)
+        pair = ops.group_norm_silu((x, x), torch.cat([w, w]), None, 2, impl=impl)
+        return pair[:, :8] + ops.group_norm_silu(x, w, w, 2, add=s, scale=s, impl=impl)
+
+    leaves = (x,) if op == "attention" else (x, w, s)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    found, expected = (f(x, w, s) for f in (compiled, function))
+    grad = torch.randn_like(expected)
+    pairs = zip(*(torch.autograd.grad(y, leaves, grad) for y in (found, expected)), strict=True)
+    for a, b in [(found, expected), *pairs]:
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("op", [op for op, backend in PRESENT if backend == "eager"])
 def test_inductor(op):
     """The default backend of torch.compile, which fuses what eager does: forward and backward."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from .layout import check_tensors, is_whole, refuse_double_backward
+from .layout import check_tensors, distinct, is_whole, refuse_double_backward
 
 QKV_ORDERS = {"3hd": "(3, heads, D)", "h3d": "(heads, 3, D)", "hd3": "(heads, D, 3)"}
 
@@ -39,7 +39,7 @@ def attention(
     k = k if k.stride(-1) == 1 else k.contiguous()
     v = v if v.stride(-1) == 1 else v.contiguous()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(backend, q, k, v, scale)
+        return _Attention.apply(backend, *distinct(q, k, v), scale)
     return dispatch.function("attention", "fwd", backend)(q, k, v, scale)[0]
 
 
@@ -137,6 +137,8 @@ def _check_attention(q, k, v) -> None:
             f"attention: q {tuple(a)}, k {tuple(b)}, v {tuple(c)}, "
             "expected (N, heads, S, D) and twice (N, heads, Sk, D)"
         )
+    if a[3] == 0:
+        raise ValueError(f"attention: q {tuple(a)}, expected a head_dim D of at least 1")
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         raise ValueError(
             f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, expected one floating dtype"

@@ -7,6 +7,7 @@ from .. import dispatch
 from .layout import (
     check_tensors,
     dense,
+    distinct,
     is_dense,
     is_positive,
     is_whole,
@@ -65,7 +66,7 @@ def group_norm_silu(
     operands = [rows(t) for t in (weight, bias, add, scale, shift)]
     args = (x, x2, *operands, num_groups, eps, silu)
     if dispatch.wants_gradient((x, x2, *operands)):
-        y = _GroupNormSilu.apply(backend, *args)
+        y = _GroupNormSilu.apply(backend, *distinct(x, x2, *operands), num_groups, eps, silu)
     else:
         y = dispatch.function("group_norm_silu", "fwd", backend)(*args)[0]
     return y.view(shape) if y.shape != shape else y

@@ -56,6 +56,20 @@ def is_positive(value) -> bool:
     return value > 0
 
 
+def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Each an object of its own: Dynamo refuses an autograd.Function that gets a tensor twice."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    found = []
+    for t in tensors:
+        for before in found:
+            if t is not None and t is before:
+                t = t.view_as(t)
+                break
+        found.append(t)
+    return tuple(found)
+
+
 def check_tensors(op: str, **operands) -> None:
     for name, t in operands.items():
         if not isinstance(t, Tensor):

@@ -8,6 +8,7 @@ from .layout import (
     at_least_4d,
     check_tensors,
     dense,
+    distinct,
     is_positive,
     refuse_double_backward,
     rows,
@@ -47,7 +48,7 @@ def rms_norm_silu(
         return dispatch.module("rms_norm_silu", backend).rms_norm_silu(*args).reshape(shape)
     args = (dense(x), *[rows(t) for t in (weight, scale, shift)], eps, silu)
     if dispatch.wants_gradient(args):
-        y = _RmsNormSilu.apply(backend, *args)
+        y = _RmsNormSilu.apply(backend, *distinct(*args[:4]), eps, silu)
     else:
         y = dispatch.function("rms_norm_silu", "fwd", backend)(*args)[0]
     return y.view(shape) if y.shape != shape else y
