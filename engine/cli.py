@@ -123,8 +123,10 @@ def plain(text: str) -> str:
 
 def meant(config_class: type, args: Sequence[str]) -> str:
     """ "; did you mean --steps?" for what was typed and is nearly the name of an option."""
-    names = [option(field.name) for field in dataclasses.fields(config_class)]
-    names += [name.replace("--", "--no-", 1) for name in names]
+    fields = dataclasses.fields(config_class)
+    names = [option(field.name) for field in fields]
+    switches = [option(field.name) for field in fields if isinstance(field.default, bool)]
+    names += [name.replace("--", "--no-", 1) for name in switches]
     found = []
     for arg in args:
         word = "--" + arg.split("=")[0].lstrip("-").replace("_", "-")

@@ -198,6 +198,7 @@ def test_bad_training_input_writes_nothing(work, capsys, changes, sentence):
         (["--stepz=3", "-1"], "^error: --stepz is no option; did you mean --steps?; see"),
         (["-"], "^error: '-' belongs to no option; see"),
         (["--tensorbord", "--no-flipp"], "did you mean --tensorboard and --no-flip?"),
+        (["--no-samples"], "^error: --no-samples is no option; did you mean --samples?; see"),
         (["--steps", "many"], "--steps 'many': expected a whole number; see"),
         (["--seed", "1.5"], "--seed '1.5': expected a whole number; see"),
         (["--lr", "fast"], "--lr 'fast': expected a number; see"),
