@@ -76,7 +76,8 @@ class SampleConfig:
     compile: bool = False
     """Run the U-Net through torch.compile: more than a minute before the first step."""
     prepack: bool = True
-    """On the CPU, bring the weights into oneDNN's own layout before the first step."""
+    """On the CPU, bring the weights into oneDNN's own layout before the first step; not with
+    --compile."""
 
 
 def command(args: Sequence[str] | None) -> None:

@@ -90,7 +90,8 @@ def sample(
              cannot be captured runs as ever, with a warning. The images stay the same. "auto" does
              not until a committed result shows it right and faster on a GPU; needs CUDA
     prepack  run a twin of the model whose weights lie as oneDNN's kernels read them, made when the
-             sampling begins: "auto" where that is faster, a UNet on the CPU. Rounding may differ
+             sampling begins: "auto" where that is faster, a UNet on the CPU, neither compiled nor
+             accelerated. Rounding may differ
 
     Nothing in the loop waits for the device: progress counts the calls that were launched.
     The model runs as it is (precision, layout), in eval mode and without gradients.
