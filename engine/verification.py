@@ -9,6 +9,7 @@ model stays as it was.
 import contextlib
 import copy
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -88,7 +89,7 @@ def verify(
     The model, its .grad, buffers and mode, the inputs and the state of every random number
     generator stay as they were; two or three copies of the model exist meanwhile. Raises ValueError
     for what is no module, float64, no tensor among the outputs, and a model that does not run in
-    high precision.
+    high precision or not accelerated.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"verify: model is {type(model).__name__}, expected an nn.Module")
@@ -116,7 +117,13 @@ def verify(
         handle = accelerate(accelerated)
         fast = handle if isinstance(handle, nn.Module) else accelerated
         begin = time.perf_counter()
-        found = call.run(fast, accelerated)
+        try:
+            found = call.run(fast, accelerated)
+        except Exception as error:  # whatever a compiler raises
+            raise ValueError(
+                f"verify: {type(model).__name__} runs as it is, but not accelerated: "
+                f"{_reason(error)}"
+            ) from error
         call.wait()
         first_call = time.perf_counter() - begin
         rows = judge(found, plain, truth, torch.finfo(low).eps)
@@ -289,6 +296,14 @@ def _true(call: _Call, model: nn.Module, dtype: torch.dtype) -> _Result:
                     f"verify: {type(model).__name__} does not run in {_name(dtype)}, which would "
                     f"count as true: {reason[:200]}"
                 ) from first
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    inner = re.search(r"got \w+\('([^\n]*)'\)", text)  # Dynamo's first line does not tell
+    first = inner[1] if inner else (text.splitlines() or [type(error).__name__])[0]
+    hint = " (in channels_last memory: try without, or reshape)" if "Cannot view" in first else ""
+    return first[:200] + hint
 
 
 def _mapped(value, name: str, new: Callable):

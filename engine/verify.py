@@ -115,6 +115,9 @@ def from_function(config: VerifyConfig) -> tuple:
         raise
     if not callable(function):
         raise ValueError(f"{config.target}: {module} has no function {name}")
+    needed = _needed(function)
+    if needed:
+        raise ValueError(f"{config.target} is called without arguments, but needs {needed}")
     torch.manual_seed(config.seed)
     found = function()
     if not isinstance(found, tuple) or not found or not isinstance(found[0], torch.nn.Module):
@@ -123,6 +126,15 @@ def from_function(config: VerifyConfig) -> tuple:
     model, *inputs = found
     named = inputs.pop() if inputs and isinstance(inputs[-1], dict) else {}
     return model, inputs, named
+
+
+def _needed(function) -> str:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # of some that are written in C
+        return ""
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return ", ".join(p.name for p in parameters if p.default is p.empty and p.kind not in optional)
 
 
 def from_folder(config: VerifyConfig) -> tuple:

@@ -376,6 +376,25 @@ def test_rounding_alone_passes(seed):
         assert found.ok, found.table
 
 
+class Flat(nn.Module):
+    """Takes for granted how a picture lies in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(4, 8)
+
+    def forward(self, x):
+        return torch.nn.functional.silu(self.norm(self.conv(x))).view(len(x), -1)
+
+
+def test_a_model_that_does_not_run_accelerated():
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"Flat runs as it is, but not acc.*Cannot view") as raised:
+        engine.verify(Flat(), x, repeats=1)
+    assert "channels_last memory: try without, or reshape" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 BAD = {
     "model": (dict(model=torch.sin), "model is builtin_function_or_method, expected an nn.Module"),
     "repeats": (dict(repeats=0), "repeats is 0, expected a whole number"),

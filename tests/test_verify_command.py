@@ -36,6 +36,7 @@ def test_command_with_a_function(accelerate, capsys, monkeypatch, tmp_path):
         "import torch, test_verify\n"
         "def build():\n    return test_verify.net(), *test_verify.inputs(), {'scale': 2.0}\n"
         "def nothing():\n    return 3\n"
+        "def takes(size, *, depth=2, **more):\n    return build()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     calls = accelerate(channels_last)
@@ -51,6 +52,7 @@ def test_command_with_a_function(accelerate, capsys, monkeypatch, tmp_path):
     capsys.readouterr()
     bad = {
         ("my_models:nothing",): "returned int, expected a tuple",
+        ("my_models:takes",): "is called without arguments, but needs size",
         ("my_models:missing",): "my_models has no function missing",
         ("my_models:build", "--batch", "3"): "--batch goes with a folder",
         ("no_such_module:build",): "there is no module no_such_module, here or on",
