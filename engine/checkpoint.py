@@ -170,9 +170,9 @@ def build(tensors: dict[str, Tensor], info: dict, weights: str, file: Path):
 def load(path: str | os.PathLike, *, device: str | torch.device = "cpu"):
     """A trained run, ready to sample: `model, diffusion, config = load("runs/a")`.
 
-    `path` is the run's folder or its checkpoint file. The model has its EMA weights and is in eval
-    mode; `config` is the checkpoint's info: "model", "diffusion", "train" (dicts), "step",
-    "classes" (names).
+    `path` is the run's folder or its checkpoint file. The model has its EMA weights, frozen
+    (`model.requires_grad_()` to train them), and is in eval mode; `config` is the checkpoint's
+    info: "model", "diffusion", "train" (dicts), "step", "classes" (names).
     Raises CheckpointError (a ValueError), one sentence, when the file is missing or unreadable, and
     ValueError when the device is not there.
     """

@@ -99,7 +99,7 @@ def sample(
     """
     if not isinstance(offset, Integral) or offset < 0:
         raise ValueError(f"offset is {offset!r}, expected the index of the first sample, 0 or more")
-    _check(model, shape, trajectory, y, classifier, classifier_scale)
+    _check(model, diffusion, shape, trajectory, y, classifier, classifier_scale)
     if device is None:
         parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
         device = next((p.device for p in parameters), torch.device("cpu"))
@@ -295,7 +295,9 @@ def _wants_graph(graph: bool | str, device: torch.device) -> bool:
     return graph is True  # no committed result yet: "auto" does not
 
 
-def _check(model, shape, trajectory, y, classifier, classifier_scale) -> None:
+def _check(model, diffusion, shape, trajectory, y, classifier, classifier_scale) -> None:
+    if not isinstance(diffusion, Diffusion):
+        raise ValueError(f"diffusion is {type(diffusion).__name__}, expected an engine.Diffusion")
     if not callable(model):
         raise ValueError(f"model is {type(model).__name__}, expected a function of (x, t)")
     if not isinstance(trajectory, int) or trajectory == 1 or trajectory < 0:

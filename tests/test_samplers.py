@@ -258,6 +258,7 @@ def test_every_module_gets_its_own_mode_back():
         (dict(offset=-1), "offset is -1, expected the index of the first sample, 0 or more"),
         (dict(device="toaster"), "'toaster' is no device"),
         (dict(device="meta"), "device meta: tensors have no values there"),
+        (dict(diffusion=torch.ones(25)), "diffusion is Tensor, expected an engine.Diffusion"),
         (dict(model=None), "model is NoneType, expected a function of "),
     ],
 )
