@@ -91,6 +91,17 @@ ENGINE_INLINE F maximum(F a, F b) {  // b where one is NaN
   return a > b ? a : b;
 #endif
 }
+ENGINE_INLINE F minimum(F a, F b) {
+#if ENGINE_LEVEL == 2
+  return (F)_mm512_min_ps((__m512)a, (__m512)b);
+#elif ENGINE_LEVEL == 1
+  return (F)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(ENGINE_X86)
+  return (F)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // 2^z for z <= 0 or little more, of T's precision; 0 below 2^-126, where results would be
 // subnormal, which costs a microcode assist per vector. 2^0 is 1 in float32. NaN stays.
