@@ -4,6 +4,7 @@ Its U-Net for classifier-free guidance is in one that does not.
 """
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,6 @@ def from_file(name: str):
     """A module of the package, by its file: the package's own __init__ is not run."""
     path = Path(package().origin).parent / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"{PACKAGE}_{name}", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # Dynamo imports it
     spec.loader.exec_module(module)
     return module

@@ -161,6 +161,15 @@ def test_nan_stays_in_its_row(kernels):
     assert not any(np.isnan(t[0, 0]).any() for t in grads.values())
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_huge_scores_have_finite_gradients(kernels, dtype):
+    q, k, v, dout = some((1, 1, 40, 70, 16), dtype)
+    q = encode(decode(q) * 2.0**40, dtype)
+    out, lse = kernels.attention_fwd(q, k, v, 0.25, 1)
+    grads = kernels.attention_bwd(dout, q, k, v, out, lse, 0.25, 1)
+    assert all(np.isfinite(decode(t)).all() for t in (out, *grads.values()))
+
+
 def test_large_scores_of_equal_keys(kernels):
     """Equal keys share the weight, however large their common score."""
     v = np.random.default_rng(0).normal(size=(1, 1, 77, 12)).astype(np.float32)

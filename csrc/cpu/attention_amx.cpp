@@ -2,12 +2,12 @@
 //
 //   out = softmax(q k^T * scale) v,  lse = ln sum exp(q k^T * scale)
 //
-// Blocking: 32 queries at a time, against blocks of 128 keys, whose scores stay in L1. Everything
-// is computed transposed, S^T = K Q^T and O^T = V^T P^T: a query is a lane, so maximum and sum of a
-// row are vertical, and P^T, which takes the place of S^T, is B of the second product after one
+// Blocking: 32 queries at a time, against blocks of 128 or 256 keys. Everything is computed
+// transposed, S^T = K Q^T and O^T = V^T P^T: a query is a lane, so maximum and sum of a row are
+// vertical, and P^T, which takes the place of S^T, is B of the second product after one
 // permutation. K and V^T are packed once per head (and range of a thread). Over several blocks of
 // keys the sums are rescaled to the running maximum. (Making the scores of the next block between
-// the exponentials of this one was not faster: tiles and vectors wait for the same ports.)
+// the exponentials of this one was not faster.)
 //
 // Precision: products of bfloat16 summed in float32, softmax in float32, P rounded to bfloat16, the
 // sum of a row of what was not rounded. -inf, NaN and overflow go the way of plain softmax.
@@ -41,7 +41,7 @@
 namespace engine {
 namespace amx {
 
-constexpr int64_t kQueries = 32, kKeys = 128;
+constexpr int64_t kQueries = 32;
 constexpr float kHuge = 1 << 20;  // scores beyond lose their differences in an fma
 
 struct Forward {
@@ -49,6 +49,8 @@ struct Forward {
   const AttentionView& out;
   float* lse;
   Inner inner{p.D};
+  // Of a step: 128 scores a query stay in L1, but many steps mean many rescaled sums.
+  int64_t step_keys = p.Sk <= 256 ? 128 : 256;
   int64_t keys = round_up(p.Sk, 32), columns = round_up(p.D, 16);
   float scale = std::fabs(p.scale) > 0 ? std::fabs(p.scale) * 1.44269504f : FLT_MIN;  // of log2
 
@@ -65,7 +67,7 @@ struct Forward {
     v = take(keys * columns * 2);
     dense = take((p.q.d == 1 && p.k.d == 1 && p.v.d == 1) ? 0 : (keys + kQueries) * p.D * 2);
     q = take(inner.steps * inner.pairs() * 2 * kLine);
-    s = take(kKeys * kQueries * 4);
+    s = take(step_keys * kQueries * 4);
     o = take(columns * kQueries * 4);
     return at - base;
   }
@@ -179,8 +181,8 @@ void block(const Forward& f, int64_t n, int64_t h, int64_t row) {
   pack_queries<QT>(f, rows_of(view, n, h, count, p.D, f.dense));
   __m512 top[QT], sum[QT];
   for (int t = 0; t < QT; ++t) top[t] = _mm512_set1_ps(-INFINITY), sum[t] = _mm512_setzero_ps();
-  for (int64_t key = 0; key < f.keys; key += kKeys) {
-    const int64_t rows = f.keys - key < kKeys ? f.keys - key : kKeys;
+  for (int64_t key = 0; key < f.keys; key += f.step_keys) {
+    const int64_t rows = f.keys - key < f.step_keys ? f.keys - key : f.step_keys;
     __m512 base[QT], before[QT];
     for (int t = 0; t < QT; ++t) before[t] = top[t];
     scores<QT>(f, key, rows, p.Sk, top);

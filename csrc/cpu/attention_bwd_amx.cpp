@@ -191,11 +191,12 @@ static void block(const Backward& f, int64_t b, int64_t key) {
     _mm512_storeu_ps(f.s + i * stride, _mm512_set1_ps(-INFINITY));
     _mm512_storeu_ps(f.s + i * stride + kLine, _mm512_set1_ps(-INFINITY));
   }
-  const __m512 most =
-      _mm512_max_ps(_mm512_abs_ps(load_floats(start)), _mm512_abs_ps(load_floats(start + kTile)));
-  const __m512 infinite = _mm512_set1_ps(INFINITY);  // of queries that do not exist
-  const __mmask16 huge = _mm512_cmp_ps_mask(most, _mm512_set1_ps(1 << 20), _CMP_GT_OQ) &
-                         _mm512_cmp_ps_mask(most, infinite, _CMP_LT_OQ);
+  int huge = 0;  // infinity is of queries that do not exist
+  for (int t = 0; t < 2; ++t) {
+    const __m512 size = _mm512_abs_ps(load_floats(start + t * kTile));
+    huge |= _mm512_cmp_ps_mask(size, _mm512_set1_ps(1 << 20), _CMP_GT_OQ) &
+            _mm512_cmp_ps_mask(size, _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
+  }
   char *p_rows = f.p_rows + b * kTileBytes, *ds_rows = f.ds_rows + b * kTileBytes;
   const int64_t next_rows = f.chunk / 32 * kTileBytes, next_paired = f.keys / 32 * kTileBytes;
   char* paired = f.ds_paired + 2 * b * next_paired + key / 32 * kTileBytes;

@@ -27,7 +27,9 @@ ENGINE_INLINE void weight_gradients(float* P, float* dS, int64_t queries, float 
     ENGINE_UNROLL
     for (int v = 0; v < NV; ++v) {
       const int64_t at = (q * NV + v) * W;
-      const F p = exp2_of<T>(fma(load(P + at), set1(scale), shift) * 1.44269504f);
+      // No weight is above 1: where scores are huge, lse's rounding alone would make infinities.
+      const F t = minimum(F{}, fma(load(P + at), set1(scale), shift));
+      const F p = exp2_of<T>(t * 1.44269504f);
       store(P + at, p);
       store(dS + at, p * (load(dS + at) - mean));
     }

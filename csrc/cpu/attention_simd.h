@@ -91,6 +91,17 @@ ENGINE_INLINE F maximum(F a, F b) {  // b where one is NaN
   return a > b ? a : b;
 #endif
 }
+ENGINE_INLINE F minimum(F a, F b) {
+#if ENGINE_LEVEL == 2
+  return (F)_mm512_min_ps((__m512)a, (__m512)b);
+#elif ENGINE_LEVEL == 1
+  return (F)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(ENGINE_X86)
+  return (F)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // 2^z for z <= 0 or little more, of T's precision; 0 below 2^-126, where results would be
 // subnormal, which costs a microcode assist per vector. 2^0 is 1 in float32. NaN stays.
@@ -224,9 +235,10 @@ ENGINE_INLINE void interleave(F a, F b, F& low, F& high) {
 }
 
 // r[i][j] <-> r[j][i]: log2 W perfect shuffles.
+constexpr int kStages = W == 16 ? 4 : W == 8 ? 3 : 2;
 ENGINE_INLINE void transpose_tile(F* r) {
   ENGINE_UNROLL
-  for (int stage = 1; stage < W; stage *= 2) {
+  for (int stage = 0; stage < kStages; ++stage) {
     F s[W];
     ENGINE_UNROLL
     for (int i = 0; i < W / 2; ++i) interleave(r[i], r[i + W / 2], s[2 * i], s[2 * i + 1]);
@@ -243,14 +255,27 @@ void rows_to_columns(float* to, const AttentionRows& from, int64_t rows, int64_t
   for (int64_t r0 = 0; r0 < NV * W; r0 += W) {
     for (int64_t d0 = 0; d0 < D; d0 += W) {
       F r[W];
-      ENGINE_UNROLL
-      for (int i = 0; i < W; ++i) {
-        const bool there = r0 + i < rows;
-        r[i] = there ? load_some(p + (r0 + i) * from.s + d0 * from.d, D - d0, from.d) : F{};
+      const T* corner = p + r0 * from.s + d0 * from.d;
+      const bool side_by_side = from.d == 1 && r0 + W <= rows;
+      if (side_by_side && D - d0 >= W) {
+        ENGINE_UNROLL
+        for (int i = 0; i < W; ++i) r[i] = load(corner + i * from.s);
+      } else if (side_by_side) {
+        ENGINE_UNROLL
+        for (int i = 0; i < W; ++i) r[i] = load_part(corner + i * from.s, D - d0);
+      } else {
+        for (int i = 0; i < W; ++i) {
+          r[i] = r0 + i < rows ? load_some(corner + i * from.s, D - d0, from.d) : F{};
+        }
       }
       transpose_tile(r);
       float* at = to + d0 * NV * W + r0;
-      for (int i = 0; i < W && d0 + i < D; ++i) store(at + i * NV * W, r[i] * factor);
+      if (D - d0 >= W) {
+        ENGINE_UNROLL
+        for (int i = 0; i < W; ++i) store(at + i * NV * W, r[i] * factor);
+      } else {
+        for (int i = 0; i < D - d0; ++i) store(at + i * NV * W, r[i] * factor);
+      }
     }
   }
 }
@@ -264,12 +289,19 @@ void columns_to_rows(const AttentionRows& to, const float* from, int64_t rows, i
     const F by = load(factor + r0);
     for (int64_t d0 = 0; d0 < D; d0 += W) {
       const float* at = from + d0 * NV * W + r0;
+      const bool whole = D - d0 >= W;
       F r[W];
       ENGINE_UNROLL
-      for (int i = 0; i < W; ++i) r[i] = d0 + i < D ? load(at + i * NV * W) * by : F{};
+      for (int i = 0; i < W; ++i) r[i] = whole || d0 + i < D ? load(at + i * NV * W) * by : F{};
       transpose_tile(r);
-      for (int i = 0; i < W && r0 + i < rows; ++i) {
-        store_some(p + (r0 + i) * to.s + d0 * to.d, r[i], D - d0, to.d);
+      T* corner = p + r0 * to.s + d0 * to.d;
+      if (whole && to.d == 1 && r0 + W <= rows) {
+        ENGINE_UNROLL
+        for (int i = 0; i < W; ++i) store(corner + i * to.s, r[i]);
+      } else {
+        for (int i = 0; i < W && r0 + i < rows; ++i) {
+          store_some(corner + i * to.s, r[i], D - d0, to.d);
+        }
       }
     }
   }
