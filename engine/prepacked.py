@@ -17,7 +17,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .blocks import Conv2d, Linear, ResBlock
+from .blocks import (
+    AttentionBlock,
+    Conv2d,
+    Downsample,
+    GroupNormSiLU,
+    Level,
+    Linear,
+    ResBlock,
+    TimeEmbedding,
+    Upsample,
+)
 from .unet import UNet
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -59,12 +69,30 @@ def for_sampling(model: Callable, prepack: bool | str = "auto") -> Callable:
     if missing:
         return model
     twin = prepacked(model, _computes_in(model)).eval()
+    if not _casts_by_itself(twin):
+        return twin
 
     def call(*args: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):  # the layers cast by themselves
+        with torch.autocast("cpu", enabled=False):  # it costs a microsecond per operator
             return twin(*args)
 
     return call
+
+
+def _casts_by_itself(twin: nn.Module) -> bool:
+    """Whether nothing in it needs autocast: layers of others do, and hooks may."""
+    ours = (UNet, TimeEmbedding, Level, ResBlock, AttentionBlock, Downsample, Upsample)
+    ours += (GroupNormSiLU, nn.Embedding, nn.ModuleList, nn.Identity, nn.Dropout)
+    ours += (_PackedConv2d, _PackedLinear, _Product, _Slice)
+    return all(
+        type(m) in ours and not _changed(m) and "forward" not in m.__dict__ for m in twin.modules()
+    )
+
+
+def _changed(module: nn.Module) -> bool:
+    """Whether its call is more, or another, than its forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or module._compiled_call_impl is not None
 
 
 def _computes_in(model: UNet) -> torch.dtype:
@@ -91,7 +119,7 @@ def _missing(model: Callable) -> str:
 
 def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A shallow copy of the tree: the same tensors under new modules."""
-    plain = not (module._forward_hooks or module._forward_pre_hooks)
+    plain = not _changed(module) and "forward" not in module.__dict__
     if plain and type(module) is Conv2d and module.padding_mode == "zeros":
         return _PackedConv2d(module, dtype)
     if plain and type(module) is Linear:
@@ -110,7 +138,8 @@ def _share(twin: nn.Module, dtype: torch.dtype) -> None:
     batch 1."""
     blocks = [m for m in twin.modules() if isinstance(m, ResBlock)]
     blocks = [block for block in blocks if isinstance(block.temb_proj, _PackedLinear)]
-    if len(blocks) < 2:
+    widths = {block.temb_proj.layer[0].in_features for block in blocks}
+    if len(blocks) < 2 or len(widths) > 1:  # a model of somebody's own may have two embeddings
         return
     layers = [block.temb_proj.layer[0] for block in blocks]
     whole = nn.utils.skip_init(Linear, layers[0].in_features, sum(n.out_features for n in layers))
