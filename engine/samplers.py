@@ -115,8 +115,9 @@ def sample(
     first = offset * torch.Size(shape[1:]).numel()
     stops = _stops(n_steps, trajectory)
     z = _injected(noise, shape, n_steps, device)
-    evaluated = [m for m in (model, classifier) if getattr(m, "training", False)]
-    for m in evaluated:
+    networks = [m for m in (model, classifier) if isinstance(m, torch.nn.Module)]
+    trained = [m for whole in networks for m in whole.modules() if m.training]
+    for m in networks:
         m.eval()
     try:
         # inference_mode makes tensors that a classifier's backward pass could not save.
@@ -160,8 +161,8 @@ def sample(
                 if ends and k in stops:
                     states.append(loop.x.clone())
     finally:
-        for m in evaluated:
-            m.train()
+        for m in trained:  # each: a part of a model may be frozen in eval mode
+            m.training = True
     # Out of inference mode, so that the images can be used anywhere, training included.
     x = loop.x.clone()
     return (x, [s.clone() for s in states]) if trajectory else x

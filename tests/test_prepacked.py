@@ -217,3 +217,14 @@ def test_auto_leaves_what_it_cannot_serve():
 def test_one_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call(unet())
+
+
+def test_every_part_keeps_its_mode():
+    """A part that was frozen in eval mode is not in training mode after sampling."""
+    model = unet(dropout=0.3).train()
+    model.mid_block_1.eval()
+    before = [m.training for m in model.modules()]
+    process = engine.Diffusion(engine.schedules.betas("cosine", 50))
+    for prepack in (True, False):
+        engine.sample(model, process, (1, 2, 8, 8), sampler="ddim", steps=2, prepack=prepack)
+        assert [m.training for m in model.modules()] == before
