@@ -6,6 +6,8 @@ import platform
 
 import torch
 
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+
 
 def choose_device(name: str | torch.device | None) -> torch.device:
     """The device to train or sample on; for None the best there is: cuda, else cpu.
@@ -70,6 +72,17 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
                 torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
             )
     return torch.bfloat16 if fast else torch.float32
+
+
+def missing_kernels(dtype: torch.dtype) -> str:
+    """What is missing here for weights packed in `dtype` (prepacked.py); "" for nothing."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return "oneDNN, which this torch is built without or has turned off"
+    if dtype not in PACKED_DTYPES:
+        return f"float32 or bfloat16, not {dtype}"
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "bfloat16 kernels of oneDNN, which this CPU lacks"
+    return ""
 
 
 def autocast(device: torch.device, precision: torch.dtype):

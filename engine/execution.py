@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .device import autocast, choose_device, choose_precision
+from .device import autocast, choose_device, choose_precision, missing_kernels
 from .dispatch import pick
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -64,12 +64,14 @@ def choose(
     Raises ValueError, one sentence, for a device that is not there.
     """
     where = choose_device(device)
+    dtype = choose_precision(precision, where)
+    packs = sampling and where.type == "cpu" and not compiled and not missing_kernels(dtype)
     return Execution(
         device=where,
-        precision=choose_precision(precision, where),
+        precision=dtype,
         layout="channels_last" if layout == "auto" else layout,
         compiled=compiled,
-        prepacked=sampling and where.type == "cpu" and not compiled,
+        prepacked=packs,
         keeps_memory=where.type == "cpu" and keep_freed_memory(),
     )
 

@@ -6,7 +6,8 @@ convolutions and the projections. Those hold their weights in `dtype`, in the bl
 kernels read (at batch 1 a call that had to reorder them took 150-210 µs where it now takes 100),
 and take a residual as the kernel's last operation, where eager reads and writes the image again.
 The model itself stays as it is: it may be trained, copied or sampled by another thread meanwhile.
-CPU and inference only; the weights are those of the moment when the twin first ran.
+CPU and inference only. A twin is of the model as it was: its convolutions and projections keep the
+weights of the moment when it was made or first ran, while norms and embeddings are the model's own.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from .blocks import (
     TimeEmbedding,
     Upsample,
 )
+from .device import PACKED_DTYPES, missing_kernels
 from .unet import UNet
 
-DTYPES = (torch.float32, torch.bfloat16)
 # Elements of a pair below which it is quicker to concatenate it than to convolve twice.
 SMALL = 2**18
 
@@ -43,7 +44,7 @@ def prepacked(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     Layers that are not exactly our Conv2d or Linear, or have hooks or parametrizations, stay
     themselves. Raises ValueError for another dtype or a model that is not on the CPU.
     """
-    if dtype not in DTYPES:
+    if dtype not in PACKED_DTYPES:
         raise ValueError(f"prepacked weights are float32 or bfloat16, not {dtype}")
     where = {p.device.type for p in model.parameters()}
     if where - {"cpu"}:
@@ -107,14 +108,7 @@ def _missing(model: Callable) -> str:
         return f"a UNet, not {type(model).__name__}"
     if any(p.device.type != "cpu" for p in model.parameters()):
         return "a model on the CPU"
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return "oneDNN, which this torch is built without or has turned off"
-    dtype = _computes_in(model)
-    if dtype not in DTYPES:
-        return f"float32 or bfloat16, not {dtype}"
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "bfloat16 kernels of oneDNN, which this CPU lacks"
-    return ""
+    return missing_kernels(_computes_in(model))
 
 
 def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
