@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 IMPLS = ("auto", "eager", "native", "triton")
 
@@ -121,7 +122,17 @@ def refusals(op: str, backend: str, args: tuple) -> list[str]:
         return [missing]
     if backend != "eager" and op in SAMPLING and wants_gradient(args):
         return ["has no gradient: call it under torch.no_grad(), or use eager"]
+    if backend != "eager" and _has_tangent(args):
+        return ["has no forward-mode derivative: use eager"]
     return module(op, backend).refusals(op, *args)
+
+
+def _has_tangent(args: tuple) -> bool:
+    """Whether forward-mode differentiation is on its way: a kernel would drop it in silence."""
+    if forward_ad._current_level < 0:
+        return False
+    tensors = (a for a in args if isinstance(a, torch.Tensor))
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def wants_gradient(args: tuple) -> bool:

@@ -6,7 +6,8 @@ convolutions and the projections. Those hold their weights in `dtype`, in the bl
 kernels read (at batch 1 a call that had to reorder them took 150-210 µs where it now takes 100),
 and take a residual as the kernel's last operation, where eager reads and writes the image again.
 The model itself stays as it is: it may be trained, copied or sampled by another thread meanwhile.
-CPU and inference only; the weights are those of the moment when the twin first ran.
+CPU and inference only. A twin is of the model as it was: its convolutions and projections keep the
+weights of the moment when it was made or first ran, while norms and embeddings are the model's own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .blocks import Conv2d, Linear, ResBlock
+from .blocks import (
+    AttentionBlock,
+    Conv2d,
+    Downsample,
+    GroupNormSiLU,
+    Level,
+    Linear,
+    ResBlock,
+    TimeEmbedding,
+    Upsample,
+)
 from .device import PACKED, cannot_pack
 from .unet import UNet
 
@@ -62,12 +73,30 @@ def for_sampling(model: Callable, prepack: bool | str = "auto") -> Callable:
     if missing:
         return model
     twin = prepacked(model, _computes_in(model)).eval()
+    if not _casts_by_itself(twin):
+        return twin
 
     def call(*args: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):  # the layers cast by themselves
+        with torch.autocast("cpu", enabled=False):  # it costs a microsecond per operator
             return twin(*args)
 
     return call
+
+
+def _casts_by_itself(twin: nn.Module) -> bool:
+    """Whether nothing in it needs autocast: layers of others do, and hooks may."""
+    ours = (UNet, TimeEmbedding, Level, ResBlock, AttentionBlock, Downsample, Upsample)
+    ours += (GroupNormSiLU, nn.Embedding, nn.ModuleList, nn.Identity, nn.Dropout)
+    ours += (_PackedConv2d, _PackedLinear, _Product, _Slice)
+    return all(
+        type(m) in ours and not _changed(m) and "forward" not in m.__dict__ for m in twin.modules()
+    )
+
+
+def _changed(module: nn.Module) -> bool:
+    """Whether its call is more, or another, than its forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or module._compiled_call_impl is not None
 
 
 def _computes_in(model: UNet) -> torch.dtype:
@@ -89,7 +118,7 @@ def _missing(model: Callable) -> str:
 
 def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A shallow copy of the tree: the same tensors under new modules."""
-    plain = not (module._forward_hooks or module._forward_pre_hooks)
+    plain = not _changed(module) and "forward" not in module.__dict__
     if plain and type(module) is Conv2d and module.padding_mode == "zeros":
         return _PackedConv2d(module, dtype)
     if plain and type(module) is Linear:
@@ -111,7 +140,8 @@ def _share(twin: nn.Module, dtype: torch.dtype) -> None:
     batch 1."""
     blocks = [m for m in twin.modules() if isinstance(m, ResBlock)]
     blocks = [block for block in blocks if isinstance(block.temb_proj, _PackedLinear)]
-    if len(blocks) < 2:
+    widths = {block.temb_proj.layer[0].in_features for block in blocks}
+    if len(blocks) < 2 or len(widths) > 1:  # a model of somebody's own may have two embeddings
         return
     layers = [block.temb_proj.layer[0] for block in blocks]
     whole = nn.utils.skip_init(Linear, layers[0].in_features, sum(n.out_features for n in layers))

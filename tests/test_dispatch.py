@@ -10,7 +10,10 @@ import conftest
 import proof
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
 
+import engine
 from engine import dispatch
 
 GPU = "NVIDIA Test GPU"
@@ -153,3 +156,23 @@ def test_committed_evidence_is_of_these_sources():
         for op, proved in ops.items():
             for backend, entry in proved.items():
                 assert entry["sources"] == proof.digest(op, backend), (gpu, op, backend)
+
+
+def test_a_tangent_is_not_dropped():
+    """Forward-mode differentiation goes to eager, which has it or says that it has not."""
+    x, tangent = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5)
+
+    def normed(x, impl="auto"):
+        return engine.ops.group_norm_silu(x, None, None, 2, 1e-5, impl=impl)
+
+    _, found = torch.func.jvp(normed, (x,), (tangent,))
+    _, expected = torch.func.jvp(lambda x: F.silu(F.group_norm(x, 2)), (x,), (tangent,))
+    assert torch.allclose(found, expected, atol=1e-5)
+    q = torch.randn(1, 1, 20, 8)
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(normed(x)).tangent is None  # nobody asked
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        assert dispatch.pick("attention", "auto", dual, q, q, 0.3) == "eager"
+        if not dispatch.absence("attention", "native"):
+            with pytest.raises(dispatch.BackendError, match="no forward-mode derivative"):
+                engine.ops.attention(q, dual, q, impl="native")

@@ -45,8 +45,8 @@ def test_one_line_names_every_choice():
     assert "\n" not in line
     for word in ("cpu (", "float32", "contiguous", "torch.compile", "U-Net of", "attention: "):
         assert word in line
-    line = describe(engine.UNet(**SMALL), choose("cpu", "bf16", sampling=True))
-    assert "bfloat16, channels_last, not compiled, prepacked weights" in line
+    line = describe(engine.UNet(**SMALL), choose("cpu", "fp32", sampling=True))
+    assert "float32, channels_last, not compiled, prepacked weights" in line
 
 
 @pytest.mark.parametrize("option", ["plain", "adm", "three levels"])
@@ -145,3 +145,9 @@ def test_compile_is_asked_for(monkeypatch):
     model = engine.UNet(**SMALL)
     assert choose("cpu").network(model) is model and not asked
     assert choose("cpu", compiled=True).network(model) is model and asked == [model]
+
+
+def test_prepacked_only_where_sampling_will_do_it():
+    assert not execution.choose("cpu", sampling=False).prepacked
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not execution.choose("cpu", "fp32", sampling=True).prepacked

@@ -106,6 +106,66 @@ def test_layers_with_hooks_stay_themselves():
     assert calls == ["conv_in"] * 2
 
 
+def weighted(layer):
+    torch.nn.utils.parametrizations.weight_norm(layer)
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda *_: None)
+
+
+def patched(layer):
+    plain = layer.forward
+    layer.forward = lambda *args, **more: plain(*args, **more)
+
+
+class WithMore(engine.UNet):
+    """Somebody's own: a layer of PyTorch's behind ours."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.after = torch.nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x, t, y=None):
+        return self.after(super().forward(x, t, y))
+
+
+@needs_bf16
+@pytest.mark.parametrize("change", [hooked, patched, weighted])
+@pytest.mark.parametrize("name", ["conv_in", "mid_attention.qkv", "mid_block_1.conv2", ""])
+def test_sampling_under_autocast_with_layers_of_others(change, name):
+    """What is not packed is still cast by autocast."""
+    if change is weighted and not name:
+        model = alive(WithMore(**SMALL)).eval()
+    else:
+        model = unet()
+        change(model.get_submodule(name))
+    process = engine.Diffusion(engine.schedules.betas("cosine", 50))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, plain = (
+            engine.sample(model, process, (2, 2, 8, 8), sampler="ddim", steps=3, prepack=prepack)
+            for prepack in (True, False)
+        )
+    assert (found - plain).abs().mean() < 0.03
+
+
+def test_embeddings_of_two_widths():
+    """Blocks of somebody's own need not take the model's time embedding."""
+
+    class Other(engine.UNet):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.more = ResBlock(2, 4, 8, 2, 1e-5, 0.0, "add")
+
+        def forward(self, x, t, y=None):
+            return self.more(super().forward(x, t, y), x.flatten(1)[:, :8]).mean(1, keepdim=True)
+
+    model = alive(Other(**SMALL)).eval()
+    x, t, y = inputs(model)
+    with torch.inference_mode():
+        assert torch.allclose(prepacked(model, torch.float32)(x, t), model(x, t), atol=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 @pytest.mark.parametrize("options", [{}, {"guidance": 2.0}], ids=["plain", "guided"])
 def test_sampling_takes_the_twin(monkeypatch, precision, options):
@@ -207,3 +267,14 @@ def test_a_twin_of_a_twin():
 def test_one_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call(unet())
+
+
+def test_every_part_keeps_its_mode():
+    """A part that was frozen in eval mode is not in training mode after sampling."""
+    model = unet(dropout=0.3).train()
+    model.mid_block_1.eval()
+    before = [m.training for m in model.modules()]
+    process = engine.Diffusion(engine.schedules.betas("cosine", 50))
+    for prepack in (True, False):
+        engine.sample(model, process, (1, 2, 8, 8), sampler="ddim", steps=2, prepack=prepack)
+        assert [m.training for m in model.modules()] == before

@@ -122,7 +122,7 @@ def arguments_qkv(qkv, num_heads, order="3hd", *, scale=None):
 
 def _scale(q: Tensor, scale: float | None) -> float:
     if scale is None:
-        return 1.0 / math.sqrt(q.shape[-1])
+        return 1.0 / math.sqrt(q.shape[-1] or 1)
     if not isinstance(scale, (Real, torch.SymFloat)):
         raise ValueError(f"attention: scale is {scale!r}, expected a number")
     return float(scale)
