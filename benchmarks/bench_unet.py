@@ -17,6 +17,7 @@ import ctypes
 import gc
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,7 @@ import profile_unet
 import pytest
 import torch
 
+from engine.execution import keep_freed_memory
 from engine.foreign import load_diffusers
 from engine.prepacked import prepacked
 
@@ -154,6 +156,8 @@ def bench_denoising_step(benchmark, name, batch):
         torch.compiler.reset()
         compiled = torch.compile(copy.deepcopy(theirs), dynamic=False)
         contenders["compile"] = lambda: compiled(low, t).sample
+        own = torch.compile(copy.deepcopy(ours).to(BF16), dynamic=False)
+        contenders["ours, compiled"] = lambda: own(low, t)
     if static is not None:
         contenders["openvino"] = static
     with torch.inference_mode():
@@ -241,6 +245,14 @@ def child(*args, **environment) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def bench_kept_memory(benchmark):
+    """A training step that keeps the memory it frees, and one that gives it back (execution.py)."""
+    found = {how: child("faults", how, "small", 32) for how in ("ours", "memory returned")}
+    record(benchmark, {how: f["seconds"] for how, f in found.items()}, batch=32)
+    benchmark.extra_info["page_faults_a_step"] = {how: f["faults"] for how, f in found.items()}
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
 @pytest.mark.parametrize("capability", ["avx2"])
 def bench_denoising_step_without_avx512(benchmark, capability):
     """float32, on the instructions of a machine without AVX-512, AMX and bfloat16."""
@@ -258,8 +270,25 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def faults(how: str, name: str, batch: str) -> dict:
+    if how == "ours":
+        assert keep_freed_memory()
+    step = Training(pair(name)[1], name, int(batch))
+    for _ in range(3):
+        step()
+    before, taken = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, []
+    for _ in range(5):
+        start = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - start)
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return {"seconds": taken, "faults": found // 5}
+
+
 def main(kind: str, *args: str) -> dict:
     """What a process of its own measures."""
+    if kind == "faults":
+        return faults(*args)
     import conftest  # noqa: F401  the same malloc for all
 
     if kind == "memory":

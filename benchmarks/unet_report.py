@@ -1,7 +1,8 @@
 """Tables of bench_unet.py: our U-Net beside diffusers', and where the time of each goes."""
 
 OTHERS = ("diffusers", "diffusers channels_last", "compile", "openvino")
-NAMES = ("bench_denoising_step", "bench_training_step", "bench_profile")
+OTHERS += ("ours, compiled", "memory returned")
+NAMES = ("bench_denoising_step", "bench_training_step", "bench_profile", "bench_kept_memory")
 
 
 def is_unet(benchmark: dict) -> bool:

@@ -57,9 +57,9 @@ def choose(
 
     device     cuda where there is one, else the CPU
     precision  bf16 where the device has arithmetic for it (device.py)
-    layout     channels_last: convolutions and norms are faster, on the CPU by half of the step
-    compiled   not unless asked for: on two CPU cores a compiled U-Net took as long as ours within
-               some percent, and more than a minute to compile (benchmarks/results/cpu-unet.json)
+    layout     channels_last, which convolutions and norms read fastest
+    compiled   not unless asked for: what a compiled U-Net of ours gains on two CPU cores stands
+               in benchmarks/results/unet.json, and it takes a minute to compile
 
     Raises ValueError, one sentence, for a device that is not there.
     """
@@ -79,8 +79,8 @@ def keep_freed_memory() -> bool:
     """Lets the process keep the memory that it frees, for the next step; whether that worked.
 
     A training step on the CPU frees and takes hundreds of megabytes. glibc hands large blocks back
-    to the system, which gives them again page by page: 39,000 page faults a step and a fifth of its
-    time on a U-Net of 6.8 M parameters at batch 32. Peak memory is the same. Elsewhere than on
+    to the system, which gives them again page by page: bench_kept_memory in
+    benchmarks/results/unet.json counts the page faults of a step and their time. Elsewhere than on
     Linux with glibc, or where the user has set malloc up, nothing is done.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
