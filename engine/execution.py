@@ -16,9 +16,9 @@ from .device import autocast, cannot_pack, choose_device, choose_precision
 from .dispatch import pick
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-# glibc's mallopt (malloc.h); the values are the largest that it takes.
+# glibc's mallopt (malloc.h). 32 MB is the documented limit of the second; newer ones take more.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST = 2**31 - 1
+LARGEST, DOCUMENTED = 2**31 - 1, 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, LARGEST))
+    maps = mallopt(M_MMAP_THRESHOLD, LARGEST) or mallopt(M_MMAP_THRESHOLD, DOCUMENTED)
+    return bool(maps and mallopt(M_TRIM_THRESHOLD, LARGEST))
 
 
 def describe(model: torch.nn.Module, execution: Execution) -> str:
