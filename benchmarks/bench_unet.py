@@ -62,6 +62,7 @@ GOALS = {
     ("cifar10", 8): {"diffusers": 1.5},
 }
 BF16 = torch.bfloat16
+PAUSE = 0.3  # seconds
 
 
 def pair(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -83,10 +84,15 @@ def inputs(name: str, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def seconds(contenders: dict, blocks: int, calls: int) -> dict[str, list[float]]:
-    """Seconds of every call; in turns, a block of calls each, the first of a block left out."""
+    """Seconds of every call; in turns, a block of calls each, the first of a block left out.
+
+    A pause between: each library's threads look for work for a while after their last, on the two
+    cores that the next contender is to have.
+    """
     taken = {name: [] for name in contenders}
     for _ in range(blocks):
         for name, call in contenders.items():
+            time.sleep(PAUSE)
             call()
             for _ in range(calls):
                 start = time.perf_counter()

@@ -4,7 +4,8 @@ once, not at every call.
 `prepacked(model, dtype)` is a twin of the model that shares everything with it except the
 convolutions and the projections. Those hold their weights in `dtype`, in the blocks that oneDNN's
 kernels read (at batch 1 a call that had to reorder them took 150-210 µs where it now takes 100),
-and take a residual as the kernel's last operation, where eager reads and writes the image again.
+and take a residual as the kernel's last operation (convolutions in bfloat16 alone), where eager
+reads and writes the image again. Norms go to their kernel without the checks of the front door.
 The model itself stays as it is: it may be trained, copied or sampled by another thread meanwhile.
 CPU and inference only. A twin is of the model as it was: its convolutions and projections keep the
 weights of the moment when it was made or first ran, while norms and embeddings are the model's own.
@@ -18,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from . import dispatch
 from .blocks import (
     AttentionBlock,
     Conv2d,
@@ -30,8 +32,11 @@ from .blocks import (
     Upsample,
 )
 from .device import PACKED, cannot_pack
+from .ops.layout import is_dense, rows
 from .unet import UNet
 
+# (row, column) of the four pixels that nearest ×2 makes of one.
+PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
 # Elements of a pair below which it is quicker to concatenate it than to convolve twice.
 SMALL = 2**18
 
@@ -87,7 +92,7 @@ def _casts_by_itself(twin: nn.Module) -> bool:
     """Whether nothing in it needs autocast: layers of others do, and hooks may."""
     ours = (UNet, TimeEmbedding, Level, ResBlock, AttentionBlock, Downsample, Upsample)
     ours += (GroupNormSiLU, nn.Embedding, nn.ModuleList, nn.Identity, nn.Dropout)
-    ours += (_PackedConv2d, _PackedLinear, _Product, _Slice)
+    ours += (_PackedConv2d, _PackedLinear, _PackedUpsample, _Product, _Slice, _Norm)
     return all(
         type(m) in ours and not _changed(m) and "forward" not in m.__dict__ for m in twin.modules()
     )
@@ -123,7 +128,13 @@ def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         return _PackedConv2d(module, dtype)
     if plain and type(module) is Linear:
         return _PackedLinear(module, dtype)
-    if isinstance(module, (_Packed, _Slice)):
+    if plain and type(module) is GroupNormSiLU:
+        return _Norm(module)
+    if plain and type(module) is Upsample and dtype == torch.float32:
+        conv = module.conv
+        if type(conv) is Conv2d and not _changed(conv) and "forward" not in conv.__dict__:
+            return _PackedUpsample(conv, dtype)
+    if isinstance(module, (_Packed, _Slice, _Norm)):
         return module
     twin = module.__class__.__new__(module.__class__)
     twin.__dict__ = dict(module.__dict__)
@@ -208,10 +219,13 @@ class _PackedConv2d(_Packed):
         if packed is None:
             packed = self.packed[len(parts)] = self.pack(parts)
         for part, (weight, bias) in zip(parts, packed, strict=True):
-            if add is None:
-                add = torch.ops.mkldnn._convolution_pointwise(
+            # In float32 oneDNN's convolutions with an addition are other, slower ones: on AVX2 15.2
+            # against 8.0 ms, 128 channels of 32×16×16.
+            if add is None or self.dtype == torch.float32:
+                y = torch.ops.mkldnn._convolution_pointwise(
                     part, weight, bias, *self.geometry, "none", [], ""
                 )
+                add = y if add is None else y.add_(add)
             else:
                 add = torch.ops.mkldnn._convolution_pointwise.binary(
                     part, add, weight, bias, *self.geometry, "add", 1.0, None, [], None
@@ -243,15 +257,101 @@ class _PackedLinear(_Packed):
         if self.packed is None:
             self.packed = self.pack(x.shape[:-1].numel())
         weight, bias = self.packed
-        if self.dtype == torch.float32:  # oneDNN has none: MKL's, as it is
-            y = torch.nn.functional.linear(x, weight, bias)
-            return y if add is None else y.add_(add)
         if add is None:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
 
     def pack(self, rows: int) -> tuple[Tensor, Tensor | None]:
         weight = self.layer[0].weight.detach().to(self.dtype).contiguous()
-        if self.dtype != torch.float32:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        return weight, self.bias()
+        return torch.ops.mkldnn._reorder_linear_weight(weight, rows), self.bias()
+
+
+class _PackedUpsample(_Packed):
+    """Nearest ×2 and a 3×3 convolution, as 2×2 convolutions of the small image.
+
+    Each of the four pixels that one becomes sees 2×2 different ones: taps that fall on the same
+    pixel are added beforehand, 4/9 of the products are left. All four phases are channels of one
+    convolution over the windows of the padded image, and are interleaved at its end. float32 only:
+    there the products bound it; in bfloat16 AMX has them done before the copy is.
+    """
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        if x.dtype != self.dtype:
+            x = x.to(self.dtype)
+        if self.packed is None:
+            self.packed = self.pack(x.shape)
+        weight, bias = self.packed
+        n, _, height, width = x.shape
+        windows = torch.ops.mkldnn._convolution_pointwise(
+            x, weight, bias, (1, 1), (1, 1), (1, 1), 1, "none", [], ""
+        )
+        c = windows.shape[1] // 4
+        y = x.new_empty(n, 2 * height, 2 * width, c).permute(0, 3, 1, 2)
+        for i, (a, b) in enumerate(PHASES):
+            phase = windows[:, i * c : (i + 1) * c, a : a + height, b : b + width]
+            y[:, :, a::2, b::2].copy_(phase)
+        return y
+
+    def pack(self, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+        w = self.layer[0].weight.detach().to(self.dtype)
+        rows = {
+            0: (w[:, :, :1], w[:, :, 1:2] + w[:, :, 2:]),
+            1: (w[:, :, :1] + w[:, :, 1:2], w[:, :, 2:]),
+        }
+        phases = []
+        for a, b in PHASES:
+            r = torch.cat(rows[a], dim=2)
+            left, middle, right = r.split(1, dim=3)
+            columns = (left, middle + right) if b == 0 else (left + middle, right)
+            phases.append(torch.cat(columns, dim=3))
+        weight = torch._C._nn.mkldnn_reorder_conv2d_weight(
+            torch.cat(phases).contiguous().to_mkldnn(), (1, 1), (1, 1), (1, 1), 1, shape
+        )
+        bias = self.bias()
+        return weight, None if bias is None else bias.repeat(4)
+
+
+class _Norm(nn.Module):
+    """GroupNormSiLU, checked once for each kind of input, then its kernel without the front door:
+    of which a step of batch 1 spent a twelfth."""
+
+    def __init__(self, norm: GroupNormSiLU) -> None:
+        super().__init__()
+        self.norm, self.known = (norm,), {}
+
+    def forward(
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        add: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        norm = self.norm[0]
+        if torch.is_grad_enabled():
+            return norm(x, add, scale, shift)
+        first, second = x if isinstance(x, tuple) else (x, None)
+        kind = [
+            (t.shape, t.stride(), t.dtype) for t in (first, second, add, scale) if t is not None
+        ]
+        kind = (*kind, second is None, add is None)
+        kernel = self.known.get(kind)
+        if kernel is None:
+            y = norm(x, add, scale, shift)
+            self.known[kind] = self.kernel(norm, first, second, add, scale, shift)
+            return y
+        if kernel is False:
+            return norm(x, add, scale, shift)
+        args = norm.num_groups, norm.eps, norm.activation == "silu"
+        return kernel(first, second, norm.weight, norm.bias, add, scale, shift, *args)[0]
+
+    def kernel(self, norm, first, second, add, scale, shift) -> Callable | bool:
+        """The native forward where `auto` takes it for these tensors as they lie; else False."""
+        args = first, second, norm.weight, norm.bias, add, scale, shift
+        args += norm.num_groups, norm.eps, norm.activation == "silu"
+        if dispatch.pick("group_norm_silu", "auto", *args) != "native":
+            return False
+        dense = all(is_dense(t) for t in (first, second) if t is not None)
+        small = all(
+            rows(t) is t for t in (norm.weight, norm.bias, add, scale, shift) if t is not None
+        )
+        return dispatch.function("group_norm_silu", "fwd", "native") if dense and small else False

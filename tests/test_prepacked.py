@@ -9,7 +9,7 @@ from small_unet import OPTIONS, SMALL, alive, inputs
 
 import engine
 from engine import schedules
-from engine.blocks import Conv2d, Linear, ResBlock
+from engine.blocks import Conv2d, Linear, ResBlock, Upsample
 from engine.prepacked import for_sampling, prepacked
 
 BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -34,6 +34,45 @@ def test_twin_within_budget(option, dtype):
     for out, rows in zip(found, (2, 1, 2), strict=True):  # packed for two pictures, right for one
         assert out.dtype == dtype
         assert_within_budget(out, truth[:rows], plain[:rows], factor=FORWARD)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_upsampling_is_folded_into_its_convolution(size):
+    """2×2 products of the small image in place of 3×3 of the large one, its edges included."""
+    layer = Upsample(6).double()
+    torch.nn.init.normal_(layer.conv.bias)
+    layer.float()
+    x = torch.randn(3, 6, size, 2 * size).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        found, expected = prepacked(layer, torch.float32)(x, None), layer(x, None)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_norms_go_straight_to_their_kernel(monkeypatch):
+    """From the second call of a kind on; where `auto` takes no kernel, or with gradients, never."""
+    model, asked = unet(), []
+    front_door = engine.ops.group_norm_silu
+    monkeypatch.setattr(
+        engine.ops, "group_norm_silu", lambda *a, **k: asked.append(1) or front_door(*a, **k)
+    )
+    x, t, y = inputs(model)
+    norms = sum(isinstance(m, torch.nn.GroupNorm) for m in model.modules())
+    for backend, later in (("native", 0), ("eager", norms)):
+        monkeypatch.setenv("ENGINE_BACKEND", backend)
+        twin = prepacked(model, torch.float32)
+        with torch.inference_mode():
+            for expected in (norms, later, later):
+                asked.clear()
+                out = twin(x, t, y)
+                assert len(asked) == expected
+            assert torch.allclose(out, model(x, t, y), atol=1e-5)
+            asked.clear()
+            twin(x[:1], t[:1], y)
+            assert len(asked) == norms
+    with torch.no_grad():
+        first = twin(x, t, y)
+    assert torch.allclose(twin(x, t, y).detach(), first, atol=1e-5)
 
 
 @pytest.mark.parametrize("small", [0, 2**18])
@@ -86,9 +125,10 @@ def test_every_layer_is_packed_and_the_model_untouched():
     assert all(p.requires_grad for p in model.parameters())
     model.train()
     assert not twin.training
-    for m in twin.modules():  # nothing is copied that need not be
-        if isinstance(m, torch.nn.GroupNorm):
-            assert any(m.weight is p for p in model.parameters())
+    norms = [m.norm[0] for m in twin.modules() if hasattr(m, "known")]  # nothing is copied
+    assert {id(n) for n in norms} == {
+        id(m) for m in model.modules() if isinstance(m, torch.nn.GroupNorm)
+    }
 
 
 def test_layers_with_hooks_stay_themselves():
