@@ -21,6 +21,9 @@ HEADLINE = (
     "bench_forward[1x128x32x32-bf16-channels_last]",
     "bench_forward[32x256x4x4-fp32-contiguous]",
     "bench_backward[32x128x32x32-bf16-channels_last]",
+    "bench_attention_forward[32x16x256x8-bf16]",
+    "bench_attention_forward[32x2x256x64-fp32]",
+    "bench_attention_backward[32x16x256x8-bf16]",
     "bench_reverse_step[64x1x28x28]",
     "bench_reverse_step[128x3x32x32]",
     "bench_scheduler_step[128x3x32x32-ddpm]",
@@ -119,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
         full += [f"## {device(result)}", ""]
         whole = unet_report.tables(result["benchmarks"])
         full += whole
-        short += whole
+        short += unet_report.tables(result["benchmarks"], profiles=False)
         if not benchmarks:
             continue
         if picture := cpu_plot.draw({**result, "benchmarks": benchmarks}, folder):

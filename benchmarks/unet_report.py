@@ -9,8 +9,8 @@ def is_unet(benchmark: dict) -> bool:
     return benchmark["name"].startswith(NAMES)
 
 
-def tables(benchmarks: list[dict]) -> list[str]:
-    """Of the rows that are bench_unet.py's."""
+def tables(benchmarks: list[dict], profiles: bool = True) -> list[str]:
+    """Of the rows that are bench_unet.py's; with where their time goes, or without."""
     rows = [b for b in benchmarks if is_unet(b)]
     steps = [b for b in rows if "milliseconds" not in b["extra_info"]]
     lines = []
@@ -28,7 +28,7 @@ def tables(benchmarks: list[dict]) -> list[str]:
                 "",
             ]
     for b in rows:
-        if found := b["extra_info"].get("milliseconds"):
+        if profiles and (found := b["extra_info"].get("milliseconds")):
             lines += [*profile_table(case(b), found), ""]
     return lines
 
