@@ -137,8 +137,6 @@ def _check_attention(q, k, v) -> None:
             f"attention: q {tuple(a)}, k {tuple(b)}, v {tuple(c)}, "
             "expected (N, heads, S, D) and twice (N, heads, Sk, D)"
         )
-    if a[3] == 0:
-        raise ValueError(f"attention: q {tuple(a)}, expected a head_dim D of at least 1")
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         raise ValueError(
             f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, expected one floating dtype"
