@@ -12,7 +12,9 @@ from collections.abc import Callable
 import torch
 from torch.fx import GraphModule
 
-from .rewrite import Report, rewrite
+from .patterns import nearest
+from .patterns.nodes import where
+from .rewrite import Replaced, Report, rewrite
 
 INNER = ("inductor", "eager")
 
@@ -39,6 +41,7 @@ class Backend:
         if self.inner == "eager":
             _plain_checkpoints(gm)
             return gm.forward
+        self.report.replaced += _without_scatter(gm)
         return _inductor(gm, example_inputs, self.mode, self.options)
 
 
@@ -66,6 +69,19 @@ def _checkpoint(block: GraphModule, *args, use_reentrant=None, **kwargs):
     if "_checkpoint_context_fn" in block.meta:
         kwargs["context_fn"] = block.meta["_checkpoint_context_fn"]
     return checkpoint(block, *args, use_reentrant=False, **kwargs)
+
+
+def _without_scatter(gm: GraphModule) -> list[Replaced]:
+    """Gives Inductor nearest upsampling in a form whose gradient it gets right (nearest.py)."""
+    found = []
+    for inner in gm.modules():
+        if not isinstance(inner, GraphModule):
+            continue
+        made = [made for node in list(inner.graph.nodes) if (made := nearest.rewrite(node))]
+        found += [Replaced(nearest.NAME, where(node)) for node in made]
+        if made:
+            inner.recompile()
+    return found
 
 
 def _inductor(gm: GraphModule, example_inputs: list, mode: str | None, options: dict) -> Callable:

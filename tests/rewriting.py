@@ -12,6 +12,7 @@ NO_OPS = (
     "contiguous ahead of a convolution",
     "division by 1",
     "dropout of nothing",
+    "nearest upsampling without a scatter",
     "product with 1",
 )
 
