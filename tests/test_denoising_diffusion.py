@@ -1,14 +1,14 @@
 """denoising-diffusion-pytorch's own U-Nets, untouched and accelerated.
 
 Float32, and bfloat16 under autocast, which is how it trains (its time embedding is float32 in any
-case). All but the class-conditional one need torchvision, which is not among our requirements.
+case).
 """
 
-import importlib.util
+from functools import partial
 
 import pytest
 import torch
-from denoising_library import PACKAGE, from_file, package
+from denoising_library import PACKAGE, from_file
 from rewriting import check_model, fused
 from torch import nn
 
@@ -24,7 +24,7 @@ UNETS = {
 }
 
 
-def check(library, model, inputs, autocast, **kwargs):
+def check(library, model, inputs, autocast, inner="eager", **kwargs):
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -36,7 +36,8 @@ def check(library, model, inputs, autocast, **kwargs):
             return model(*inputs, **kwargs)
 
     to = nn.Module.to
-    handle = check_model(model, inputs, call, torch.float32, to, engine.accelerate)
+    accelerate = partial(engine.accelerate, inner=inner)
+    handle = check_model(model, inputs, call, torch.float32, to, accelerate)
 
     def number(name):
         return sum(isinstance(m, getattr(library, name)) for m in model.modules())
@@ -66,11 +67,16 @@ def test_class_conditional_unet(autocast):
 @MODES
 @pytest.mark.parametrize("name", UNETS)
 def test_unet(name, autocast):
-    package()
-    if importlib.util.find_spec("torchvision") is None:
-        pytest.skip("the package imports torchvision, which is not installed")
-    library = importlib.import_module(f"{PACKAGE}.{PACKAGE}")
+    library = from_file(PACKAGE)
     torch.manual_seed(0)
     model = library.Unet(**SMALL, **UNETS[name])
     condition = (torch.randn_like(X),) if name == "self-conditioned" else ()
     check(library, model, (X, T, *condition), autocast)
+
+
+@MODES
+def test_inductor(autocast):
+    library = from_file(PACKAGE)
+    torch.manual_seed(0)
+    model = library.Unet(**{**SMALL, "dim_mults": (1,)})
+    check(library, model, (X, T), autocast, inner="inductor")

@@ -5,8 +5,8 @@
 Inductor takes it apart into an indexed read whose gradient is a scatter of single elements, and
 torch 2.13 may run the kernel that reads the gradient ahead of the scatter (seen in bfloat16 on the
 CPU, tests/test_inductor_models.py; 2.11 does not): every weight before the upsampling then gets a
-gradient of zero, without a word. The gradient of a broadcast is a plain sum, which fuses. Factors that are powers of two, for which i // f is what
-PyTorch's arithmetic of scales in float32 gives.
+gradient of zero, without a word. The gradient of a broadcast is a plain sum, which fuses. Factors
+that are powers of two, for which i // f is what PyTorch's scales in float32 give.
 """
 
 import torch.nn.functional as F
