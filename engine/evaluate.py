@@ -87,7 +87,7 @@ class EvaluateConfig:
     """Samples computed at a time."""
     device: Annotated[str | None, cli.left_out("cuda where there is one, else cpu", "NAME")] = None
     """Device: cpu, cuda, cuda:1 …"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the U-Net; auto is bf16 where the device has it, but fp32 for bits/dim."""
 
 

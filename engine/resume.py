@@ -11,7 +11,7 @@ from . import cli
 
 # What a run writes beside its checkpoint.
 RUN_FILES = (
-    *("metrics.jsonl", "tensorboard", "samples", "checkpoints"),
+    *("metrics.jsonl", "events.jsonl", "tensorboard", "samples", "checkpoints"),
     *("samples.png", "strip.png", "loss.png"),
 )
 

@@ -24,8 +24,9 @@ class TrainConfig:
     """Train a diffusion model.
 
     The run's folder gets checkpoint.safetensors (weights, EMA, optimiser), metrics.jsonl, a
-    TensorBoard log, sample grids and, at the end, samples.png, strip.png and loss.png. Ctrl-C saves
-    and stops; --resume goes on.
+    TensorBoard log, sample grids and, at the end, samples.png, strip.png and loss.png; events.jsonl
+    names the pictures of steps that were skipped for a NaN, or whose loss is far above what is
+    usual. Ctrl-C saves and stops; --resume goes on.
     """
 
     dataset: str = "fashion-mnist"
@@ -100,8 +101,9 @@ class TrainConfig:
 
     device: Annotated[str | None, cli.left_out("cuda where there is one, else cpu", "NAME")] = None
     """Device to train on: cpu, cuda, cuda:1 …"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic of the forward and backward pass; auto is bf16 where the device has it."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Arithmetic of the forward and backward pass; auto is bf16 where the device has it. fp16,
+    for GPUs without it, scales the loss so that small gradients stay above zero."""
     layout: Literal["auto", "channels_last", "contiguous"] = "auto"
     """Memory layout of images and weights; auto is channels_last."""
     compile: bool = False

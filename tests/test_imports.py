@@ -21,7 +21,7 @@ LAYERS = (
     "samplers foreign acceleration",
     "checkpoint",
     "evaluation",
-    "cache plots",
+    "cache plots guard",
     "trainer domain_classifier resume",
     "train sample scores",
     "evaluate train_classifier ablation_report verification",
