@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from . import cli
+from . import cli, run_lock
 from .resume import check_branch, check_free, check_resume, is_folder, saved_options
 
 PROG = "python -m engine.train"
@@ -187,6 +188,12 @@ def train(config: TrainConfig) -> Path:
     Raises ValueError or OSError, one sentence, for bad input, before anything is written; Stopped
     after a signal and Diverged when the loss stays NaN.
     """
+    with contextlib.ExitStack() as stack:
+        return carry_out(config, stack)
+
+
+def carry_out(config: TrainConfig, stack: contextlib.ExitStack) -> Path:
+    """`train`; the run's lock is put on `stack`."""
     config = complete(config)
     validate(config)
     # Late, so that --help and a wrong option are answered without waiting for torch.
@@ -201,6 +208,7 @@ def train(config: TrainConfig) -> Path:
     if config.resume is not None:
         file = checkpoint.find(config.resume)
         folder = file.parent
+        stack.enter_context(run_lock.held(folder))
         tensors, info = checkpoint.read(file)
         if config.steps < info["step"]:
             raise ValueError(
@@ -213,6 +221,9 @@ def train(config: TrainConfig) -> Path:
     else:
         folder = config.out or Path("runs") / Path(config.dataset).resolve().name
         config = dataclasses.replace(config, out=folder)
+        locked = folder.is_dir()
+        if locked:
+            stack.enter_context(run_lock.held(folder))
         check_free(folder)
         size, channels = picture_shape(config)
     if config.keep_every and folder.exists():
@@ -241,6 +252,9 @@ def train(config: TrainConfig) -> Path:
     execution = choose(config.device, config.precision, config.layout, config.compile)
     device, chosen = execution.device, describe(model, execution)
     cli.make_writable(folder, "--out")
+    if info is None and not locked:
+        stack.enter_context(run_lock.held(folder))
+        check_free(folder)  # another run may have begun there while the pictures were read
     trainer = Trainer(config, model, diffusion, images, folder, execution)
     if info is not None:
         trainer.restore(tensors, info)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from . import cli
+from . import cli, run_lock
 from .resume import check_free, is_folder
 
 if TYPE_CHECKING:
@@ -237,6 +238,12 @@ class Run:
 
 def train(config: ClassifierConfig) -> Run:
     """Trains or resumes. Raises ValueError or OSError, one sentence, before anything is written."""
+    with contextlib.ExitStack() as stack:
+        return carry_out(config, stack)
+
+
+def carry_out(config: ClassifierConfig, stack: contextlib.ExitStack) -> Run:
+    """`train`; the run's lock is put on `stack`."""
     validate(config)
     import torch
 
@@ -246,6 +253,9 @@ def train(config: ClassifierConfig) -> Run:
     from .diffusion import Diffusion
 
     choose_device(config.device)
+    locked = config.out.is_dir()
+    if locked:
+        stack.enter_context(run_lock.held(config.out))
     if config.resume is None:
         check_free(config.out)
     else:
@@ -289,6 +299,9 @@ def train(config: ClassifierConfig) -> Run:
             )
         run.restore(tensors, info)
     cli.make_writable(config.out, "--out")
+    if not locked:
+        stack.enter_context(run_lock.held(config.out))
+        check_free(config.out)  # another run may have begun there while the pictures were read
     run.train()
     return run
 

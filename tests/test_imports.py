@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Inside engine, a module may import only from the layers before its own.
 LAYERS = (
     "device dispatch presets schedules layouts diffusers_config importance metrics decoded verdict",
-    "ops cli inception execution",
+    "ops cli inception execution run_lock",
     "likelihood blocks fashion_mnist pictures patterns memory_format",
     "diffusion unet data rewrite fused_scheduler",
     "prepacked coefficients guidance classifier curves backend diffusers_schedulers",
