@@ -82,7 +82,6 @@ def test_an_error_gives_the_lock_back(tmp_path):
 
 
 def test_of_many_at_once_one_holds_it(tmp_path):
-    """The file comes and goes all the time: whoever has an old one open must not believe in it."""
     inside, most, times = [], [], []
 
     def work(_):
@@ -96,6 +95,26 @@ def test_of_many_at_once_one_holds_it(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     assert set(most) == {1} and len(times) > 20
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_on_a_file_that_was_removed_is_none(tmp_path, monkeypatch):
+    """Between a second process's open and flock, the first one ends and a third one begins."""
+    real, first = run_lock._open, contextlib.ExitStack()
+    first.enter_context(run_lock.held(tmp_path))
+
+    def slow(path):
+        file = real(path)
+        monkeypatch.setattr(run_lock, "_open", real)
+        first.close()
+        third.enter_context(run_lock.held(tmp_path))
+        return file
+
+    monkeypatch.setattr(run_lock, "_open", slow)
+    with contextlib.ExitStack() as third:
+        with pytest.raises(run_lock.InUse), run_lock.held(tmp_path):
+            pass
+        assert (tmp_path / run_lock.FILE).exists()
     assert not list(tmp_path.iterdir())
 
 
