@@ -215,10 +215,10 @@ def write(path: Path, text: str) -> None:
 def trainer(study: Study, cell: Cell) -> Trainer:
     """The cell's run as its folder has it, or a new one. Nothing is written."""
     config, folder = study.train_config(cell), study.folder_of(cell)
-    file, tensors, info = folder / checkpoint.FILE, {}, None
-    if file.exists():
+    tensors, info = {}, None
+    if folder.is_dir() and checkpoint.files(folder):
         resume.check_resume(config, train.saved_config(folder))
-        tensors, info = checkpoint.read(file)
+        file, tensors, info = checkpoint.newest(folder)
         model, diffusion = checkpoint.build(tensors, info, "model", file)
     else:
         torch.manual_seed(cell.seed)

@@ -24,9 +24,9 @@ PROG = "python -m engine.train"
 class TrainConfig:
     """Train a diffusion model.
 
-    The run's folder gets checkpoint.safetensors (weights, EMA, optimiser), metrics.jsonl, a
-    TensorBoard log, sample grids and, at the end, samples.png, strip.png and loss.png. Ctrl-C saves
-    and stops; --resume goes on.
+    The run's folder gets checkpoint.safetensors (weights, EMA, optimiser; beside it the one before,
+    should it be damaged), metrics.jsonl, a TensorBoard log, sample grids and, at the end,
+    samples.png, strip.png and loss.png. Ctrl-C saves and stops; --resume goes on.
     """
 
     dataset: str = "fashion-mnist"
@@ -111,6 +111,8 @@ class TrainConfig:
     """Steps between two lines in metrics.jsonl and TensorBoard."""
     save_every: int = 500
     """Steps between two checkpoints; the end and Ctrl-C save in any case."""
+    keep_last: int = 2
+    """Newest checkpoints kept in RUN; where the last is damaged, the one before it serves."""
     keep_every: int = 0
     """Steps between two checkpoints that stay, in RUN/checkpoints, to score a run's stages; 0 keeps
     the last alone."""
@@ -149,7 +151,7 @@ RECIPES = {
 def validate(config: TrainConfig) -> None:
     """Raises ValueError, one sentence, for a number that makes no sense."""
     positive = ("timesteps", "steps", "batch", "accumulate", "log_every", "save_every")
-    for name in (*positive, "sample_steps"):
+    for name in (*positive, "keep_last", "sample_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{cli.option(name)} must be at least 1, not {getattr(config, name)}")
     for name in ("warmup", "keep_every", "sample_every", "samples", "weight_decay"):
@@ -206,17 +208,16 @@ def carry_out(config: TrainConfig, stack: contextlib.ExitStack) -> Path:
     choose_device(config.device)
     tensors, info = {}, None
     if config.resume is not None:
-        file = checkpoint.find(config.resume)
-        folder = file.parent
+        folder = checkpoint.find(config.resume).parent
         stack.enter_context(run_lock.held(folder))
-        tensors, info = checkpoint.read(file)
+        file, tensors, info = checkpoint.newest(config.resume)
         if config.steps < info["step"]:
             raise ValueError(
                 f"--steps {config.steps} is less than the {info['step']} steps that {folder} has "
                 f"done: give more than {info['step']} to train on, or leave --steps out"
             )
         model, diffusion = checkpoint.build(tensors, info, "model", file)
-        check_branch(file, info)
+        check_branch(config.resume, info)
         size, channels = model.config["image_size"], model.config["in_channels"]
     else:
         folder = config.out or Path("runs") / Path(config.dataset).resolve().name

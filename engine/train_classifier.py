@@ -77,6 +77,7 @@ class ClassifierConfig:
 
 # What --resume may change: how the run is carried out, not what it computes.
 RESUMABLE = {"out", "resume", "data_dir", "steps", "device", "precision", "log_every", "save_every"}
+KEEP_LAST = 2  # newest checkpoints kept
 
 
 def validate(config: ClassifierConfig) -> None:
@@ -189,7 +190,7 @@ class Run:
             "step": self.step,
             "skipped": 0,
         }
-        checkpoint.save(self.config.out / checkpoint.FILE, tensors, info)
+        checkpoint.save(self.config.out / checkpoint.FILE, tensors, info, KEEP_LAST)
 
     def restore(self, tensors: dict, info: dict) -> None:
         """Puts a checkpoint's weights, optimiser and step in."""
@@ -311,7 +312,7 @@ def resumed(config: ClassifierConfig, args: Sequence[str] | None) -> ClassifierC
     from . import checkpoint
 
     file = checkpoint.find(config.resume)
-    _, info = checkpoint.read(file, prefix="none.")
+    _, info = checkpoint.read(config.resume, prefix="none.", quiet=True)
     if info.get("kind") != "classifier":
         raise ValueError(f"--resume {config.resume} is no classifier's run: use engine.train")
     known = {field.name for field in dataclasses.fields(ClassifierConfig)}

@@ -193,7 +193,7 @@ class Trainer:
             "skipped": self.skipped,
             "unit": self.images.unit,
         }
-        checkpoint.save(self.folder / checkpoint.FILE, tensors, info)
+        checkpoint.save(self.folder / checkpoint.FILE, tensors, info, c.keep_last)
         if c.keep_every and self.step and self.step % c.keep_every == 0:
             kept = self.folder / "checkpoints" / f"step_{self.step:06d}.safetensors"
             kept.parent.mkdir(exist_ok=True)
@@ -275,8 +275,10 @@ class Trainer:
         from . import plots
 
         c = self.config
-        if not (self.folder / checkpoint.FILE).exists():
-            self.save()  # before any other file: from here on the folder is taken, --resume works
+        # Before any other file: from here on the folder is taken, --resume works. And where the
+        # newest checkpoint is damaged, the older one that this run goes on from takes its name.
+        if checkpoint.step_of(self.folder / checkpoint.FILE) != self.step:
+            self.save()
         if (
             self.warmup_left()
         ):  # 24 T draws at T = 1000, 25 T at 4000, until the last t has its tenth
