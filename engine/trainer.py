@@ -199,14 +199,24 @@ class Trainer:
             "skipped": self.guard.skipped,
             "unit": self.images.unit,
         }
-        checkpoint.save(self.folder / checkpoint.FILE, tensors, info)
+        checkpoint.save(self.folder / checkpoint.FILE, tensors, info, c.keep_last)
         if c.keep_every and self.step and self.step % c.keep_every == 0:
             kept = self.folder / "checkpoints" / f"step_{self.step:06d}.safetensors"
             kept.parent.mkdir(exist_ok=True)
             checkpoint.save(kept, tensors, info)
 
     def restore(self, tensors: dict[str, Tensor], info: dict) -> None:
-        """Puts in a checkpoint's EMA, optimiser, t sampler and counters; the model is there."""
+        """Puts in a checkpoint's EMA, optimiser, t sampler and counters; the model is there.
+
+        Raises ValueError, one sentence, for numbers that no training goes on from.
+        """
+        found = not_finite(tensors.items())
+        if found:
+            raise ValueError(
+                f"the checkpoint in {self.folder} has {found} that is not finite: go on from an "
+                "earlier one, copied to a new folder as checkpoint.safetensors, or train again "
+                "with a lower --lr"
+            )
         averages = checkpoint.part(tensors, "ema.")
         for name, p in self.parameters.items():
             self.ema[name].copy_(averages[name])
@@ -282,8 +292,10 @@ class Trainer:
         from . import plots
 
         c = self.config
-        if not (self.folder / checkpoint.FILE).exists():
-            self.save()  # before any other file: from here on the folder is taken, --resume works
+        # Before any other file: from here on the folder is taken, --resume works. And where the
+        # newest checkpoint is damaged, the older one that this run goes on from takes its name.
+        if checkpoint.step_of(self.folder / checkpoint.FILE) != self.step:
+            self.save()
         if (
             self.warmup_left()
         ):  # 24 T draws at T = 1000, 25 T at 4000, until the last t has its tenth

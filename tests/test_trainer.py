@@ -139,7 +139,8 @@ def test_learns_and_ema_follows(work):
     assert torch.allclose(tensors[f"ema.{name}"], tensors[f"model.{name}"], atol=0.1)
     made = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     assert made == {
-        *("checkpoint.safetensors", "metrics.jsonl", "samples/step_000050.png"),
+        *("checkpoint.safetensors", "checkpoint.step_000000.safetensors"),
+        *("metrics.jsonl", "samples/step_000050.png"),
         *("samples.png", "strip.png", "loss.png"),
     }
 

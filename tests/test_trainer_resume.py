@@ -1,6 +1,7 @@
 """A run that was stopped, killed or lengthened and resumed is the run that went on: in weights,
 optimiser, EMA, gradient scale, t sampler, and in its logs."""
 
+import math
 import os
 import re
 import shutil
@@ -204,3 +205,18 @@ def test_a_checkpoint_of_before_the_guard_had_a_state_resumes(work, precision):
     checkpoint.save(run / checkpoint.FILE, old, {k: v for k, v in info.items() if k != "format"})
     train(resumed(run, steps=5))
     assert checkpoint.read(run)[1]["step"] == 5
+
+
+def test_a_checkpoint_with_nan_is_no_start(work):
+    """One of an engine that saved it: refused before anything is written."""
+    run = train(config(work, steps=3, t_sampler="loss-aware"))
+    tensors, info = checkpoint.read(run)
+    del info["format"]
+    before = {path.name for path in run.iterdir()}
+    for name in ("model.conv_in.bias", "ema.conv_out.weight", "t_sampler.losses"):
+        spoiled = {k: v.clone() for k, v in tensors.items()}
+        spoiled[name].view(-1)[1] = math.inf
+        checkpoint.save(run / checkpoint.FILE, spoiled, info)
+        with pytest.raises(ValueError, match=f"has {name} that is not finite: go on from an earl"):
+            train(resumed(run, steps=5))
+    assert {path.name for path in run.iterdir()} == before
