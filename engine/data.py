@@ -49,6 +49,7 @@ class Images:
     classes: Sequence[str] = ()
     unit: bool = False  # batches in [0, 1] in place of [−1, 1]
     skipped: list[str] = field(default_factory=list)  # names of unreadable pictures
+    file: Callable[[int], str] | None = None  # name of picture i, in a folder
 
     def __len__(self) -> int:
         return self.count
@@ -206,7 +207,10 @@ def subset(images: Images, indices: Tensor) -> Images:
     pixels = None if images.pixels is None else images.pixels[indices]
     read = None if images.read is None else lambda i: images.read(int(indices[i]))
     labels = None if images.labels is None else images.labels[indices]
-    return dataclasses.replace(images, count=len(indices), pixels=pixels, read=read, labels=labels)
+    file = None if images.file is None else lambda i: images.file(int(indices[i]))
+    return dataclasses.replace(
+        images, count=len(indices), pixels=pixels, read=read, labels=labels, file=file
+    )
 
 
 def _unreadable(images: Images) -> str:
@@ -279,6 +283,7 @@ def _folder(
     images = Images(
         str(folder), len(files), channels, size, read=read, labels=numbers, classes=classes
     )
+    images.file = lambda i: files[i].relative_to(folder).as_posix()
     if cache is not None:
         entry = decoded.Entry(cache, folder, files, size, channels)
         found = decoded.cached(entry, _decoded(images)) if entry.bytes >= decoded.SMALLEST else None
@@ -408,7 +413,8 @@ def _kept(images: Images, pixels: Tensor, readable: list[int], skipped: list[str
         )
     if not readable:
         raise ValueError(_unreadable(images))
-    images.pixels = pixels
+    images.pixels, whole = pixels, images.file
+    images.file = None if whole is None else lambda i: whole(readable[i])
     images.count, images.read = len(readable), None
     if images.labels is not None:
         images.labels = images.labels[readable]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from . import cli
+from . import cli, run_lock
 from .resume import check_branch, check_free, check_resume, is_folder, saved_options
 
 PROG = "python -m engine.train"
@@ -23,9 +24,10 @@ PROG = "python -m engine.train"
 class TrainConfig:
     """Train a diffusion model.
 
-    The run's folder gets checkpoint.safetensors (weights, EMA, optimiser), metrics.jsonl, a
-    TensorBoard log, sample grids and, at the end, samples.png, strip.png and loss.png. Ctrl-C saves
-    and stops; --resume goes on.
+    The run's folder gets checkpoint.safetensors (weights, EMA, optimiser; beside it the one before,
+    should it be damaged), metrics.jsonl, a TensorBoard log, sample grids and, at the end,
+    samples.png, strip.png and loss.png; events.jsonl names the pictures of steps that were skipped
+    for a NaN, or whose loss was far above what is usual. Ctrl-C saves and stops; --resume goes on.
     """
 
     dataset: str = "fashion-mnist"
@@ -100,8 +102,9 @@ class TrainConfig:
 
     device: Annotated[str | None, cli.left_out("cuda where there is one, else cpu", "NAME")] = None
     """Device to train on: cpu, cuda, cuda:1 …"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic of the forward and backward pass; auto is bf16 where the device has it."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Arithmetic of the forward and backward pass; auto is bf16 where the device has it. fp16,
+    for GPUs without it, scales the loss so that small gradients stay above zero."""
     layout: Literal["auto", "channels_last", "contiguous"] = "auto"
     """Memory layout of images and weights; auto is channels_last."""
     compile: bool = False
@@ -110,6 +113,8 @@ class TrainConfig:
     """Steps between two lines in metrics.jsonl and TensorBoard."""
     save_every: int = 500
     """Steps between two checkpoints; the end and Ctrl-C save in any case."""
+    keep_last: int = 2
+    """Newest checkpoints kept in RUN; where the last is damaged, the one before it serves."""
     keep_every: int = 0
     """Steps between two checkpoints that stay, in RUN/checkpoints, to score a run's stages; 0 keeps
     the last alone."""
@@ -148,7 +153,7 @@ RECIPES = {
 def validate(config: TrainConfig) -> None:
     """Raises ValueError, one sentence, for a number that makes no sense."""
     positive = ("timesteps", "steps", "batch", "accumulate", "log_every", "save_every")
-    for name in (*positive, "sample_steps"):
+    for name in (*positive, "keep_last", "sample_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{cli.option(name)} must be at least 1, not {getattr(config, name)}")
     for name in ("warmup", "keep_every", "sample_every", "samples", "weight_decay"):
@@ -187,6 +192,12 @@ def train(config: TrainConfig) -> Path:
     Raises ValueError or OSError, one sentence, for bad input, before anything is written; Stopped
     after a signal and Diverged when the loss stays NaN.
     """
+    with contextlib.ExitStack() as stack:
+        return carry_out(config, stack)
+
+
+def carry_out(config: TrainConfig, stack: contextlib.ExitStack) -> Path:
+    """`train`; the run's lock is put on `stack`."""
     config = complete(config)
     validate(config)
     # Late, so that --help and a wrong option are answered without waiting for torch.
@@ -199,20 +210,23 @@ def train(config: TrainConfig) -> Path:
     choose_device(config.device)
     tensors, info = {}, None
     if config.resume is not None:
-        file = checkpoint.find(config.resume)
-        folder = file.parent
-        tensors, info = checkpoint.read(file)
+        folder = checkpoint.find(config.resume).parent
+        stack.enter_context(run_lock.held(folder))
+        file, tensors, info = checkpoint.newest(config.resume)
         if config.steps < info["step"]:
             raise ValueError(
                 f"--steps {config.steps} is less than the {info['step']} steps that {folder} has "
                 f"done: give more than {info['step']} to train on, or leave --steps out"
             )
         model, diffusion = checkpoint.build(tensors, info, "model", file)
-        check_branch(file, info)
+        check_branch(config.resume, info)
         size, channels = model.config["image_size"], model.config["in_channels"]
     else:
         folder = config.out or Path("runs") / Path(config.dataset).resolve().name
         config = dataclasses.replace(config, out=folder)
+        locked = folder.is_dir()
+        if locked:
+            stack.enter_context(run_lock.held(folder))
         check_free(folder)
         size, channels = picture_shape(config)
     if config.keep_every and folder.exists():
@@ -241,6 +255,9 @@ def train(config: TrainConfig) -> Path:
     execution = choose(config.device, config.precision, config.layout, config.compile)
     device, chosen = execution.device, describe(model, execution)
     cli.make_writable(folder, "--out")
+    if info is None and not locked:
+        stack.enter_context(run_lock.held(folder))
+        check_free(folder)  # another run may have begun there while the pictures were read
     trainer = Trainer(config, model, diffusion, images, folder, execution)
     if info is not None:
         trainer.restore(tensors, info)

@@ -20,17 +20,12 @@ from torch import Tensor
 from . import checkpoint, data
 from .cli import Failed
 from .execution import Execution, choose
+from .guard import STREAK, Diverged, Guard, event_row, not_finite
 from .importance import LossAwareSampler
 from .metrics import Log
 
 if TYPE_CHECKING:
     from .train import TrainConfig
-
-STREAK = 10  # steps in a row with a non-finite loss or gradient after which training gives up
-
-
-class Diverged(Failed):
-    """Training gave up after a streak of non-finite losses or gradients."""
 
 
 class Stopped(Failed):
@@ -71,9 +66,8 @@ class Trainer:
         loss_aware = config.t_sampler == "loss-aware"
         self.t_sampler = LossAwareSampler(diffusion.T) if loss_aware else None
         self.drawn: list[tuple[Tensor, Tensor]] = []  # t and loss of this step's images, for it
-        self.step = 0  # optimiser steps done
-        self.skipped = 0  # of them, steps that the guard left out
-        self.streak = 0
+        self.guard = Guard(self.device, self.execution.precision, self.say)
+        self.step = 0  # optimiser steps done, those that the guard left out included
 
     # -- one step
 
@@ -117,41 +111,45 @@ class Trainer:
             piece = slice(k * micro, (k + 1) * micro)
             labels = None if y is None else y[piece]
             loss = self.loss(x[piece], labels, self.step * c.accumulate + k) / c.accumulate
-            loss.backward()
+            self.guard.scaler.scale(loss).backward()
             total += loss.detach()
+        scale = self.guard.scale(self.device)
+        self.guard.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), c.clip)
         # The step's one wait for the device.
-        values = torch.cat([torch.stack([total, norm]), *(losses for _, losses in self.drawn)])
-        loss_value, norm_value, *losses = values.tolist()
-        self.guard(loss_value, norm_value)
-        if self.streak == 0:
+        numbers = torch.stack([total, norm, scale])
+        values = torch.cat([numbers, *(losses for _, losses in self.drawn)])
+        loss_value, norm_value, scale_value, *losses = values.tolist()
+        if self.guard.judge(self.step + 1, loss_value, norm_value, scale_value):
             self.optimizer.step()
             self.update_ema()
             self.update_t_sampler(losses)
         self.drawn.clear()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return {"loss": loss_value, "grad_norm": norm_value, "lr": rate, "skipped": self.skipped}
+        row = {"loss": loss_value, "grad_norm": norm_value, "lr": rate}
+        return row | {"skipped": self.guard.skipped}
 
-    def guard(self, loss: float, norm: float) -> None:
-        """Counts steps whose loss or gradient is not finite; gives up after a streak of them."""
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.streak = 0
-            return
-        self.streak += 1
-        self.skipped += 1
-        self.say(f"step {self.step + 1}: loss {loss:g}, gradient norm {norm:g}: step skipped")
-        if self.streak >= STREAK:
+    def give_up(self) -> None:
+        """Raises Diverged after a streak of skipped steps, and at its first for broken weights."""
+        saved = f"the last weights saved are in {self.folder / checkpoint.FILE}"
+        advice = (
+            f"try a lower --lr (now {self.config.lr:g}), a longer --warmup (now "
+            f"{self.config.warmup}) or --precision fp32"
+        )
+        if self.guard.streak == 1:
+            found = not_finite(self.parameters.items())
+            if found:
+                raise Diverged(f"{found} is not finite at step {self.step}: {advice}; {saved}")
+        if self.guard.streak >= STREAK:
             raise Diverged(
-                f"{STREAK} steps in a row (up to step {self.step + 1}) had a non-finite loss or "
-                f"gradient; try a lower --lr (now {self.config.lr:g}), a longer --warmup (now "
-                f"{self.config.warmup}) or --precision fp32; the last weights saved are in "
-                f"{self.folder / checkpoint.FILE}"
+                f"{STREAK} steps in a row (up to step {self.step}) had a non-finite loss or "
+                f"gradient; {advice}; {saved}"
             )
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        done = self.step - self.skipped
+        done = self.step - self.guard.skipped
         # Early on a shorter memory, so that the first weights are forgotten in short runs too.
         decay = min(self.config.ema, (1 + done) / (10 + done))
         torch._foreach_lerp_(list(self.ema.values()), list(self.parameters.values()), 1 - decay)
@@ -183,6 +181,14 @@ class Trainer:
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
+        tensors |= {f"guard.{k}": v for k, v in self.guard.state_dict().items()}
+        found = not_finite(tensors.items())
+        if found:  # the file is as good as it was: it stays
+            raise Diverged(
+                f"{found} is not finite after step {self.step}, which is not saved: try a lower "
+                f"--lr (now {self.config.lr:g}); the last weights saved are in "
+                f"{self.folder / checkpoint.FILE}"
+            )
         c = self.config
         info = {
             "model": self.model.config,
@@ -190,17 +196,27 @@ class Trainer:
             "train": {k: str(v) if isinstance(v, Path) else v for k, v in vars(c).items()},
             "classes": list(self.images.classes) if c.classes else [],
             "step": self.step,
-            "skipped": self.skipped,
+            "skipped": self.guard.skipped,
             "unit": self.images.unit,
         }
-        checkpoint.save(self.folder / checkpoint.FILE, tensors, info)
+        checkpoint.save(self.folder / checkpoint.FILE, tensors, info, c.keep_last)
         if c.keep_every and self.step and self.step % c.keep_every == 0:
             kept = self.folder / "checkpoints" / f"step_{self.step:06d}.safetensors"
             kept.parent.mkdir(exist_ok=True)
             checkpoint.save(kept, tensors, info)
 
     def restore(self, tensors: dict[str, Tensor], info: dict) -> None:
-        """Puts in a checkpoint's EMA, optimiser, t sampler and counters; the model is there."""
+        """Puts in a checkpoint's EMA, optimiser, t sampler and counters; the model is there.
+
+        Raises ValueError, one sentence, for numbers that no training goes on from.
+        """
+        found = not_finite(tensors.items())
+        if found:
+            raise ValueError(
+                f"the checkpoint in {self.folder} has {found} that is not finite: go on from an "
+                "earlier one, copied to a new folder as checkpoint.safetensors, or train again "
+                "with a lower --lr"
+            )
         averages = checkpoint.part(tensors, "ema.")
         for name, p in self.parameters.items():
             self.ema[name].copy_(averages[name])
@@ -214,7 +230,8 @@ class Trainer:
                 self.optimizer.state[p] = state
         if self.t_sampler is not None:
             self.t_sampler.load_state_dict(checkpoint.part(tensors, "t_sampler."))
-        self.step, self.skipped = info["step"], info["skipped"]
+        self.guard.load_state_dict(checkpoint.part(tensors, "guard."))
+        self.step, self.guard.skipped = info["step"], info["skipped"]
 
     # -- pictures
 
@@ -275,8 +292,10 @@ class Trainer:
         from . import plots
 
         c = self.config
-        if not (self.folder / checkpoint.FILE).exists():
-            self.save()  # before any other file: from here on the folder is taken, --resume works
+        # Before any other file: from here on the folder is taken, --resume works. And where the
+        # newest checkpoint is damaged, the older one that this run goes on from takes its name.
+        if checkpoint.step_of(self.folder / checkpoint.FILE) != self.step:
+            self.save()
         if (
             self.warmup_left()
         ):  # 24 T draws at T = 1000, 25 T at 4000, until the last t has its tenth
@@ -298,8 +317,13 @@ class Trainer:
                     progress.update()
                     state = f"loss {smooth:.4f}, {rate:.0f} images/s{self.warmup_left()}"
                     progress.set_postfix_str(state, False)
-                    if self.step % c.log_every == 0 or self.step == c.steps or self.streak:
+                    event = self.guard.event
+                    if self.step % c.log_every == 0 or self.step == c.steps or event:
                         log.write(self.step, row | {"images_per_second": round(rate, 1)})
+                    if event:
+                        before = self.step - 1
+                        log.event(self.step, event_row(event, self.images, c.seed, before, c.batch))
+                    self.give_up()
                     if signals.caught:
                         self.save()
                         name = signal.Signals(signals.caught).name
