@@ -24,8 +24,8 @@ LAYERS = (
     "cache plots",
     "trainer domain_classifier resume",
     "train sample scores",
-    "evaluate train_classifier ablation_report verification",
-    "ablation verify",
+    "scoring train_classifier ablation_report verification",
+    "evaluate ablation verify",
     "ablate",
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer.split()}
