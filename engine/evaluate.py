@@ -9,9 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from . import cli, evaluation
+
+if TYPE_CHECKING:
+    import torch
+
+    from .distributed import Processes
 
 try:
     from tyro.conf import Positional
@@ -36,7 +41,7 @@ class EvaluateConfig:
     metrics: str = "fid,kid,is,prc"
     """What to compute, with commas between: fid, kid, is (Inception Score), prc (precision and
     recall), agreement (of a domain classifier with the labels asked for), nll (bits/dim)."""
-    n: int = 2000
+    n: Annotated[int, cli.also("-n")] = 2000
     """Number of samples; FID falls as it grows, so compare figures of the same n alone."""
     seed: int = 0
     """Seed of the noise, the splits and the subsets."""
@@ -98,8 +103,13 @@ class EvaluateConfig:
 def command(args: Sequence[str] | None) -> None:
     config = cli.parse(EvaluateConfig, PROG, args)
     metrics = check(config)
-    record = evaluate(config, metrics)
-    print(evaluation.table(record))
+
+    from .dealing import together
+
+    with together(config.device) as (processes, device):
+        record = evaluate(config, metrics, processes, device)
+    if record is not None:
+        print(evaluation.table(record))
 
 
 def check(config: EvaluateConfig) -> list[str]:
@@ -139,24 +149,34 @@ def check(config: EvaluateConfig) -> list[str]:
     return list(dict.fromkeys(metrics))
 
 
-def evaluate(config: EvaluateConfig, metrics: list[str]) -> dict:
-    """Draws, scores, adds a record to RUN/evaluation.json and returns it."""
-    from . import cache, checkpoint, scores, scoring
+def evaluate(
+    config: EvaluateConfig, metrics: list[str], processes: Processes, device: torch.device
+) -> dict | None:
+    """Draws, scores, adds a record to RUN/evaluation.json and returns it; None but on rank 0.
+
+    All processes draw and compute features and bits/dim; rank 0 makes figures of them and alone
+    has the cache and the run's folder.
+    """
+    from . import cache, checkpoint, dealing, scores, scoring
     from .coefficients import asked_steps
-    from .device import choose_device, choose_precision
+    from .device import choose_precision
 
     if {"fid", "kid", "is"} & set(metrics):
         import torchmetrics  # noqa: F401  # where it is missing, that is said before all the work
-    device = choose_device(config.device)
     file = checkpoint.find(config.run)
     model, diffusion, info = checkpoint.load(file, device=device)
-    cli.make_writable(file.parent, "RUN")
-    evaluation.read(file.parent)  # a file that is none is said before all the work
+    if processes.first:
+        cli.make_writable(file.parent, "RUN")
+        evaluation.read(file.parent)  # a file that is none is said before all the work
     checkpoint.check_range(info, config.run)
     steps = asked_steps(config.steps, config.sampler, config.spacing, diffusion.T)
     folder = cache.folder(config.cache)
-    train, test = scoring.real_pictures(config, info, model)
+    train, test = scoring.real_pictures(config, info, model, processes)
     check_pictures(config, metrics, info, model, train, test)
+    precision = str(choose_precision(config.precision, device)).removeprefix("torch.")
+    if processes.world > 1:
+        pictures = [cache.fingerprint(images) for images in (train, test)]
+        dealing.check_alike(processes, [model], precision=precision, pictures=pictures)
     record = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "run": str(config.run),
@@ -168,39 +188,46 @@ def evaluate(config: EvaluateConfig, metrics: list[str]) -> dict:
             **{k: getattr(config, k) for k in SETTINGS},
             "steps": steps,
             "device": str(device),
-            "precision": str(choose_precision(config.precision, device)).removeprefix("torch."),
+            "precision": precision,
         },
         "notes": [] if test.name == "fashion-mnist" else [SEEN.format(test.name)],
         "results": {},
     }
+    drawn = real = held_out = terms = None
     if metrics != ["nll"]:
-        extractor = scoring.choose_extractor(config, metrics, train, test, folder, device)
-        dims = scores.statistics(extractor, train, folder, "the training set")
+        extractor = scoring.choose_extractor(
+            config, metrics, train, test, folder, device, processes
+        )
+        real = scores.statistics(extractor, train, folder, "the training set", processes)
+        drawn = scoring.features(config, model, diffusion, steps, extractor, device, processes)
+        if config.baseline:
+            held_out = scores.statistics(extractor, test, folder, "the test set", processes)
+    if "nll" in metrics:
+        terms = scoring.likelihood(config, model, diffusion, test, device, processes)
+    if not processes.first:
+        return None
+    if drawn is not None:
         record |= {
             "features": extractor.name,
-            "real": {"data": train.name, "count": dims.count},
+            "real": {"data": train.name, "count": real.count},
             "splits": config.splits,
             "kid_subsets": config.kid_subsets,
             "kid_subset_size": config.subset_size,
             "neighbours": config.neighbours,
         }
-        drawn, y = scoring.draw(config, model, diffusion, steps, device)
-        found = extractor(drawn.split(500), len(drawn), "the samples")
+        labels = scoring.labels_of(config, model)
         record["results"]["samples"] = scoring.score(
-            config, metrics, dims, *found, y, record["notes"]
+            config, metrics, real, *drawn, labels, record["notes"]
         )
-        if config.baseline:
-            real = scores.statistics(extractor, test, folder, "the test set")
-            n = min(config.n, len(real.features))
-            record["real"]["test_pictures"] = n
-            record["results"]["test pictures"] = scoring.score(
-                config, metrics, dims, real.features[:n], real.logits[:n], real.labels[:n], []
-            )
-    if "nll" in metrics:
+    if held_out is not None:
+        n = min(config.n, len(held_out.features))
+        record["real"]["test_pictures"] = n
+        some = held_out.features[:n], held_out.logits[:n], held_out.labels[:n]
+        record["results"]["test pictures"] = scoring.score(config, metrics, real, *some, [])
+    if terms is not None:
         plot = "nll.png" if file.name == checkpoint.FILE else f"nll-{file.stem}.png"
-        record["nll"] = scoring.bits_per_dim(
-            config, model, diffusion, test, file.parent / plot, device
-        )
+        computed = scoring.nll_precision(config, device)
+        record["nll"] = scoring.bits_per_dim(config, terms, computed, file.parent / plot)
     for note in record["notes"]:
         print(f"note: {note}", file=sys.stderr)
     evaluation.add(file.parent, record)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm, trange
+from torch import Tensor
+from tqdm import tqdm
 
 from . import cli, curves, data, inception, pictures, scores
+from .dealing import deal
 from .device import autocast, choose_precision
+from .distributed import Processes
 from .samplers import sample
 
 if TYPE_CHECKING:
     from .evaluate import EvaluateConfig
 
 
-def real_pictures(config: EvaluateConfig, info: dict, model):
+def real_pictures(config: EvaluateConfig, info: dict, model, processes: Processes):
     """Training and test pictures; a data set without a test set of its own lends a tenth."""
     name = config.dataset or info["train"].get("dataset") or "fashion-mnist"
     saved = info["train"].get("data_dir")
@@ -27,7 +31,12 @@ def real_pictures(config: EvaluateConfig, info: dict, model):
         "data_dir": config.data_dir or (saved if name == "fashion-mnist" else None),
     }
     if name == "fashion-mnist":
-        return tuple(data.open_dataset(name, split=s, **options) for s in ("train", "test"))
+        if not processes.first:
+            processes.barrier()  # rank 0 may have to download it
+        found = tuple(data.open_dataset(name, split=s, **options) for s in ("train", "test"))
+        if processes.first:
+            processes.barrier()
+        return found
     try:
         images = data.open_dataset(name, labels=True, **options)
     except ValueError:  # no labels, or nothing at all
@@ -42,7 +51,9 @@ def real_pictures(config: EvaluateConfig, info: dict, model):
     return data.subset(images, order[held:]), data.subset(images, order[:held])
 
 
-def choose_extractor(config: EvaluateConfig, metrics, train, test, folder: Path, device):
+def choose_extractor(
+    config: EvaluateConfig, metrics, train, test, folder: Path, device, processes: Processes
+) -> scores.Extractor:
     """Makes the cache's folder too, but not where weights or labels are missing."""
     kind, weights = config.features, config.inception_weights
     if kind == "auto" and weights is not None:
@@ -54,25 +65,29 @@ def choose_extractor(config: EvaluateConfig, metrics, train, test, folder: Path,
                 inception.find()
             except ValueError:
                 kind = "domain"
+    kind = processes.broadcast(kind)  # other machines may have other files
     if "agreement" in metrics and kind != "domain":
         raise ValueError("--metrics agreement needs --features domain")
     if kind == "domain":
-        if train.labels is not None and len(train.classes) > 1:  # else it will be refused
+        labelled = train.labels is not None and len(train.classes) > 1  # else it will be refused
+        if processes.first and labelled:
             cli.make_writable(folder, "--cache")
-        return scores.domain_extractor(train, test, folder, device)
+        return scores.domain_extractor(train, test, folder, device, processes)
     extractor = scores.inception_extractor(inception.find(weights), device)
-    cli.make_writable(folder, "--cache")
+    processes.check_same({"Inception weights": extractor.key})
+    if processes.first:
+        cli.make_writable(folder, "--cache")
     return extractor
 
 
-def draw(config: EvaluateConfig, model, diffusion, steps: int | str, device):
-    """n samples as pictures (n, C, H, W) uint8, and the labels asked for (n,) or None."""
+def draw(
+    config: EvaluateConfig, model, diffusion, steps: int | str, device, mine: Iterable[int]
+) -> Iterator[Tensor]:
+    """The samples of these batches as pictures (≤ batch, C, H, W) uint8."""
     precision = choose_precision(config.precision, device)
     size, channels = model.config["image_size"], model.config["in_channels"]
-    classes = model.config.get("num_classes")
-    y = torch.arange(config.n) % classes if classes else None
-    parts = []
-    for start in trange(0, config.n, config.batch, desc="sampling", unit="batch", leave=False):
+    y = labels_of(config, model)
+    for start in (i * config.batch for i in mine):
         count = min(config.batch, config.n - start)
         with autocast(device, precision):
             images = sample(
@@ -90,8 +105,31 @@ def draw(config: EvaluateConfig, model, diffusion, steps: int | str, device):
                 offset=start,
             )
         # 8 bits, as the real ones have and a file of them would.
-        parts.append(torch.from_numpy(pictures.to_bytes(images)).permute(0, 3, 1, 2))
-    return torch.cat(parts), y
+        yield torch.from_numpy(pictures.to_bytes(images)).permute(0, 3, 1, 2)
+
+
+def labels_of(config: EvaluateConfig, model) -> Tensor | None:
+    """The classes asked for (n,), or None."""
+    classes = model.config.get("num_classes")
+    return torch.arange(config.n) % classes if classes else None
+
+
+def features(
+    config: EvaluateConfig,
+    model,
+    diffusion,
+    steps: int | str,
+    extractor: scores.Extractor,
+    device,
+    processes: Processes,
+) -> tuple[Tensor, Tensor] | None:
+    """Features (n, d) and logits (n, classes) of n samples, on rank 0; None on other ranks."""
+
+    def drawn(mine: range) -> Iterator[tuple[Tensor, Tensor]]:
+        shown = tqdm(mine, desc="sampling", unit="batch", leave=False)
+        return map(extractor.of, draw(config, model, diffusion, steps, device, shown))
+
+    return deal(processes, -(-config.n // config.batch), drawn)
 
 
 def score(config: EvaluateConfig, metrics, real, features, logits, labels, notes: list) -> dict:
@@ -124,29 +162,47 @@ def score(config: EvaluateConfig, metrics, real, features, logits, labels, notes
     return found
 
 
-def bits_per_dim(config: EvaluateConfig, model, diffusion, test, plot: Path, device) -> dict:
-    """Bits/dim of test pictures with its parts; the terms over t as a picture."""
+def likelihood(
+    config: EvaluateConfig, model, diffusion, test: data.Images, device, processes: Processes
+) -> tuple[Tensor, ...] | None:
+    """Bits/dim of test pictures, float64: total (n,), prior (n,), vb (n, T), mse (n, T).
+
+    On rank 0; None on the others.
+    """
     n = min(config.nll_n or min(100, config.n), len(test))
     chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:n]
-    # bfloat16 would add to the bits: 0.014 of 3.87 on Fashion-MNIST.
-    asked = "fp32" if config.precision == "auto" else config.precision
-    precision = choose_precision(asked, device)
     conditional = model.config.get("num_classes")
-    parts: dict[str, list] = {name: [] for name in ("total", "prior", "vb", "mse")}
     pieces = chosen.split(config.batch)
-    for i, some in enumerate(tqdm(pieces, desc="bits/dim", unit="batch", leave=False)):
-        pixels = next(data.in_order(test, some, len(some)))
-        x0 = (pixels.float() / 127.5 - 1).to(device)
-        y = {"y": test.labels[some].to(device)} if conditional else {}
-        with autocast(device, precision):
-            terms = diffusion.bits_per_dim(
-                model, x0, **y, seed=config.seed, offset=i * config.batch, progress=True
+
+    def terms(mine: range) -> Iterator[tuple[Tensor, ...]]:
+        for i in tqdm(mine, desc="bits/dim", unit="batch", leave=False):
+            pixels = next(data.in_order(test, pieces[i], len(pieces[i])))
+            x0 = (pixels.float() / 127.5 - 1).to(device)
+            y = {"y": test.labels[pieces[i]].to(device)} if conditional else {}
+            with autocast(device, nll_precision(config, device)):
+                found = diffusion.bits_per_dim(
+                    model, x0, **y, seed=config.seed, offset=i * config.batch, progress=True
+                )
+            yield tuple(
+                getattr(found, name).double().cpu() for name in ("total", "prior", "vb", "mse")
             )
-        for name, kept in parts.items():
-            kept.append(getattr(terms, name).double().cpu())
-    total, prior, vb, mse = (torch.cat(kept) for kept in parts.values())
+
+    return deal(processes, len(pieces), terms)
+
+
+def nll_precision(config: EvaluateConfig, device) -> torch.dtype:
+    # bfloat16 would add to the bits: 0.014 of 3.87 on Fashion-MNIST.
+    return choose_precision("fp32" if config.precision == "auto" else config.precision, device)
+
+
+def bits_per_dim(
+    config: EvaluateConfig, found: tuple[Tensor, ...], precision: torch.dtype, plot: Path
+) -> dict:
+    """Bits/dim with its parts, of what `likelihood` found; the terms over t as a picture."""
+    total, prior, vb, mse = found
     terms = {"vb": vb.mean(0).tolist(), "mse": mse.mean(0).tolist()}
     curves.vlb_terms({str(config.run): terms}, plot)
+    n = len(total)
     return {
         "n": n,
         "bits_per_dim": float(total.mean()),
@@ -154,7 +210,7 @@ def bits_per_dim(config: EvaluateConfig, model, diffusion, test, plot: Path, dev
         "prior": float(prior.mean()),
         "decoder": float(vb[:, 0].mean()),  # −log p(x_0 | x_1)
         "kl": float(vb[:, 1:].sum(1).mean()),
-        "T": diffusion.T,
+        "T": vb.shape[1],
         "precision": str(precision).removeprefix("torch."),
         "plot": plot.name,
         "terms": {name: [float(f"{v:.5g}") for v in values] for name, values in terms.items()},

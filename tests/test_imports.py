@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "device dispatch presets schedules layouts diffusers_config importance metrics decoded verdict",
     "distributed",
-    "ops cli inception execution",
+    "ops cli inception execution dealing",
     "likelihood blocks fashion_mnist pictures patterns memory_format",
     "diffusion unet data rewrite fused_scheduler",
     "prepacked coefficients guidance classifier curves backend diffusers_schedulers",
