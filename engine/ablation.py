@@ -378,7 +378,8 @@ def domain_scorer(images: data.Images, test: data.Images, splits: int, device, f
         }
 
     def scorer(pixels: Tensor) -> dict:
-        features, logits = extractor(pixels.split(500), len(pixels), "the samples")
+        pieces = extractor(pixels.split(scores.PIECE), len(pixels), "the samples")
+        features, logits = map(torch.cat, zip(*pieces, strict=True))
         found = figures(features, logits, subsets=100)
         generator = torch.Generator().manual_seed(0)
         again = []

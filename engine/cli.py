@@ -71,6 +71,14 @@ def left_out(meaning: str, metavar: str | None = None):
     return tyro.conf.arg(help_behavior_hint=hint, metavar=metavar)
 
 
+def also(short: str):
+    """For an option that has a second name. torchrun takes --n for the start of options of its own,
+    also among those of the command that it starts."""
+    import tyro
+
+    return tyro.conf.arg(aliases=[short])
+
+
 def unboxed(text: str) -> str:
     """The first paragraph of tyro's framed message, as one line."""
     lines = []

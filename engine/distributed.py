@@ -14,9 +14,10 @@ import atexit
 import contextlib
 import datetime
 import functools
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -100,6 +101,33 @@ class Processes:
         whole = torch.cat(self._gather_bytes(flat))
         return whole.to(values.device).view(values.dtype).reshape(-1, *values.shape[1:])
 
+    def to_first(self, tensors: Sequence[Tensor]) -> list[list[Tensor]] | None:
+        """The tensors of every process, in order of rank, on rank 0; None on the others.
+
+        Each has its own number of them, their shapes and dtypes; they arrive on the CPU.
+        """
+        if self.world == 1:
+            return [list(tensors)]
+        mine = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in tensors]
+        theirs = self.gather_objects(mine)
+        if not self.first:
+            for t in filter(Tensor.numel, tensors):
+                flat = t.detach().contiguous().reshape(-1).view(torch.uint8).to(self.device)
+                with _peers():
+                    dist.send(flat, 0)
+            return None
+        everyone = [list(tensors)]
+        for rank in range(1, self.world):
+            everyone.append([])
+            for dtype, shape in theirs[rank]:
+                t = torch.empty(shape, dtype=getattr(torch, dtype))
+                flat = t.reshape(-1).view(torch.uint8).to(self.device)
+                if len(flat):
+                    with _peers():
+                        dist.recv(flat, rank)
+                everyone[-1].append(flat.cpu().view(t.dtype).reshape(shape))
+        return everyone
+
     def gather_objects(self, thing) -> list:
         """What JSON can hold, of every process, in order of rank."""
         if self.world == 1:
@@ -161,6 +189,9 @@ class Processes:
         return [part[: int(size)] for part, size in zip(parts, sizes, strict=True)]
 
 
+ALONE = Processes()
+
+
 def _to_bytes(thing) -> Tensor:  # (n,) uint8
     return torch.frombuffer(bytearray(json.dumps(thing).encode()), dtype=torch.uint8)
 
@@ -196,6 +227,9 @@ def joined(device: str | None = None, *, timeout: float = TIMEOUT) -> Iterator[P
     leave()
 
 
+_groups = itertools.count()  # a second group must not find what the first has left in the store
+
+
 def join(device: str | None = None, *, timeout: float = TIMEOUT) -> Processes:
     """As `joined`, until `leave` or the end of Python."""
     if launched() == 1:
@@ -210,7 +244,7 @@ def join(device: str | None = None, *, timeout: float = TIMEOUT) -> Processes:
     with _peers():
         dist.init_process_group(
             "nccl" if where.type == "cuda" else "gloo",
-            store=dist.PrefixStore("job", _store()),
+            store=dist.PrefixStore(f"job/{next(_groups)}", _store()),
             rank=rank,
             world_size=world,
             timeout=datetime.timedelta(seconds=timeout),

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "device dispatch presets schedules layouts diffusers_config importance metrics decoded verdict",
     "distributed",
-    "ops cli inception execution run_lock checkpoint_file",
+    "ops cli inception execution run_lock checkpoint_file dealing",
     "likelihood blocks fashion_mnist pictures patterns memory_format",
     "diffusion unet data rewrite fused_scheduler",
     "prepacked coefficients guidance classifier curves backend diffusers_schedulers",
@@ -25,8 +25,8 @@ LAYERS = (
     "cache plots guard",
     "trainer domain_classifier resume",
     "train sample scores",
-    "evaluate train_classifier ablation_report verification",
-    "ablation verify",
+    "scoring train_classifier ablation_report verification",
+    "evaluate ablation verify",
     "ablate",
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer.split()}
