@@ -23,7 +23,8 @@ from . import checkpoint, data, resume, run_lock, train
 from .device import autocast, choose_device, choose_precision
 from .diffusion import Diffusion
 from .samplers import sample
-from .trainer import Stopped, Trainer
+from .signals import Stopped
+from .trainer import Trainer
 from .unet import UNet
 
 BATCH = 100  # samples drawn at a time

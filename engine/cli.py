@@ -187,11 +187,11 @@ def tell(failure: str) -> None:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         print(failure, file=sys.stderr)
         return
-    from . import distributed  # late: it imports torch
+    from . import torchrun  # late: it imports torch
 
-    if distributed.speaks():
+    if torchrun.speaks():
         print(failure, file=sys.stderr, flush=True)
-        distributed.told()
+        torchrun.told()
 
 
 def expected(error: RuntimeError) -> bool:

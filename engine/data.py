@@ -142,10 +142,21 @@ def order(n: int, seed: int, start: int, count: int) -> Tensor:
 
 
 def batch(
-    images: Images, step: int, size: int, *, seed: int, flip: bool = False
+    images: Images,
+    step: int,
+    size: int,
+    *,
+    seed: int,
+    flip: bool = False,
+    part: Tensor | None = None,  # (n,) int64, positions in the batch; all of them unless given
 ) -> tuple[Tensor, Tensor | None]:
-    """Batch number `step` → x (size, C, H, W) float32 in [-1, 1], y (size,) int64 or None."""
+    """Batch number `step` → x (size, C, H, W) float32 in [-1, 1], y (size,) int64 or None.
+
+    With `part`, x and y have those n of the pictures alone, and no other one is decoded.
+    """
     indices = order(len(images), seed, step * size, size)
+    if part is not None:
+        indices = indices[part]
     if images.pixels is not None:
         pixels = images.pixels[indices]
     else:
@@ -153,6 +164,7 @@ def batch(
     x = pixels.float().div_(127.5).sub_(1.0)
     if flip:
         mirrored = torch.rand(size, generator=generator(seed, 1, step)) < 0.5
+        mirrored = mirrored if part is None else mirrored[part]
         x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
     if images.unit:
         x = x.add_(1.0).div_(2.0)
@@ -160,18 +172,25 @@ def batch(
 
 
 def batches(
-    images: Images, size: int, *, seed: int, flip: bool = False, start: int = 0
+    images: Images,
+    size: int,
+    *,
+    seed: int,
+    flip: bool = False,
+    start: int = 0,
+    part: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Batches number start, start+1, …; what must be decoded is decoded one batch ahead."""
     if images.pixels is not None:
         while True:
-            yield batch(images, start, size, seed=seed, flip=flip)
+            yield batch(images, start, size, seed=seed, flip=flip, part=part)
             start += 1
     with ThreadPoolExecutor(1) as ahead:
-        following = ahead.submit(batch, images, start, size, seed=seed, flip=flip)
+        given = {"seed": seed, "flip": flip, "part": part}
+        following = ahead.submit(batch, images, start, size, **given)
         while True:
             ready, start = following.result(), start + 1
-            following = ahead.submit(batch, images, start, size, seed=seed, flip=flip)
+            following = ahead.submit(batch, images, start, size, **given)
             yield ready
 
 

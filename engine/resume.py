@@ -17,7 +17,7 @@ RUN_FILES = (
 
 # What --resume may change: how the run is carried out, not what it computes.
 RESUMABLE = {
-    *("out", "resume", "data_dir", "steps", "device", "precision", "layout", "compile"),
+    *("out", "resume", "data_dir", "steps", "device", "precision", "layout", "compile", "fsdp"),
     *("log_every", "save_every", "keep_last"),
     *("keep_every", "cache", "sample_every", "samples", "sample_steps", "tensorboard"),
 }
@@ -87,3 +87,22 @@ def check_resume(config, saved) -> None:
             )
     if config.out.resolve() != saved.out.resolve():
         raise ValueError(f"--resume goes on in {saved.out}: leave out --out {config.out}")
+
+
+def restarted(config, saved, info: dict, job: str | None) -> bool:
+    """Whether `saved`, with a checkpoint's info, is the very run that `config` asks for anew.
+
+    So it is when the same job of torchrun made it with the same options: torchrun repeats the
+    command when a process has died.
+    """
+    if job is None or info.get("job") != job:
+        return False
+    if is_folder(config.dataset) and (
+        Path(config.dataset).expanduser().resolve() != Path(saved.dataset)
+    ):
+        return False
+    try:
+        check_resume(config, saved)
+    except ValueError:
+        return False
+    return True

@@ -213,7 +213,7 @@ class Run:
 
         from . import data
         from .metrics import Log
-        from .trainer import Signals
+        from .signals import Signals
 
         c = self.config
         stream = data.batches(self.images, c.batch, seed=c.seed, flip=c.flip, start=self.step)
@@ -335,6 +335,9 @@ def resumed(config: ClassifierConfig, args: Sequence[str] | None) -> ClassifierC
 
 def command(args: Sequence[str] | None) -> None:
     config = cli.parse(ClassifierConfig, PROG, args)
+    from .torchrun import check_alone  # late: it imports torch
+
+    check_alone("engine.train_classifier")
     if config.resume is not None:
         config = resumed(config, args)
     run = train(config)

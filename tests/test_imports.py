@@ -13,16 +13,18 @@ ROOT = Path(__file__).parent.parent
 
 # Inside engine, a module may import only from the layers before its own.
 LAYERS = (
-    "device dispatch presets schedules layouts diffusers_config importance metrics decoded verdict",
+    "device dispatch presets schedules layouts diffusers_config importance metrics decoded verdict"
+    " torchrun",
     "distributed",
     "ops cli inception execution run_lock checkpoint_file dealing",
     "likelihood blocks fashion_mnist pictures patterns memory_format",
     "diffusion unet data rewrite fused_scheduler",
-    "prepacked coefficients guidance classifier curves backend diffusers_schedulers",
+    "prepacked coefficients guidance classifier curves backend diffusers_schedulers parallel",
     "samplers foreign acceleration",
     "checkpoint",
     "evaluation",
-    "cache plots guard",
+    "cache plots guard signals",
+    "drawing",
     "trainer domain_classifier resume",
     "train sample scores",
     "scoring train_classifier ablation_report verification",

@@ -206,5 +206,5 @@ def test_a_run_holds_its_lock_to_the_end(work, monkeypatch):
             pass
         drawn.append(self)
 
-    monkeypatch.setattr("engine.trainer.Trainer.draw", draw)
+    monkeypatch.setattr("engine.drawing.final", draw)
     assert train.main(TRAIN) == 0 and drawn
