@@ -34,7 +34,7 @@ def parse(config_class: type, prog: str, args: Sequence[str] | None = None, defa
     except SystemExit as end:
         if end.code:
             told = plain(unboxed(complaint.getvalue())) + meant(config_class, args)
-            print(f"error: {told}; see {prog} --help", file=sys.stderr)
+            tell(f"error: {told}; see {prog} --help")
         raise
 
 
@@ -69,6 +69,14 @@ def left_out(meaning: str, metavar: str | None = None):
         return f"(default: {meaning if default == 'None' else default})"
 
     return tyro.conf.arg(help_behavior_hint=hint, metavar=metavar)
+
+
+def also(short: str):
+    """For an option that has a second name. torchrun takes --n for the start of options of its own,
+    also among those of the command that it starts."""
+    import tyro
+
+    return tyro.conf.arg(aliases=[short])
 
 
 def unboxed(text: str) -> str:
@@ -158,20 +166,32 @@ def main(command: Callable[[Sequence[str] | None], None], args: Sequence[str] | 
     try:
         command(args)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        tell("interrupted")
         return 130
     except BrokenPipeError:  # as in `… --help | head`: the reader has what it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Failed as failure:
-        print(failure, file=sys.stderr)
+        tell(str(failure))
         return failure.code
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         if sys.flags.dev_mode or (isinstance(error, RuntimeError) and not expected(error)):
             raise
-        print(f"error: {sentence(error)}", file=sys.stderr)
+        tell(f"error: {sentence(error)}")
         return 2
     return 0
+
+
+def tell(failure: str) -> None:
+    """Prints why this process ends; of several that do one job, the first to fail does."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        print(failure, file=sys.stderr)
+        return
+    from . import torchrun  # late: it imports torch
+
+    if torchrun.speaks():
+        print(failure, file=sys.stderr, flush=True)
+        torchrun.told()
 
 
 def expected(error: RuntimeError) -> bool:

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import cache, data
+from .dealing import copy_weights
 from .device import autocast, choose_precision
+from .distributed import ALONE, Processes
 
 # Another value here is another key in the cache, and so another training.
 RECIPE = {
@@ -102,24 +104,38 @@ def obtain(
     folder: Path,
     device: torch.device,
     recipe: dict | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[DomainClassifier, dict]:
     """The classifier of this training set, from the cache or trained and put there.
 
     → model in eval mode on `device`, info with "key" and "accuracy" on `test`. The key covers
-    recipe and data. Raises ValueError, one sentence, when the data set has no labels.
+    recipe and data. Of several processes rank 0 alone looks into the cache or trains, while the
+    others wait. Raises ValueError, one sentence, when the data set has no labels.
     """
     recipe = RECIPE if recipe is None else recipe
     if images.labels is None or len(images.classes) < 2:
         raise ValueError(
             f"{images.name} has no labels to train a domain classifier on: use --features inception"
         )
+    model = DomainClassifier(images.channels, len(images.classes), recipe["widths"])
+    info = None
+    if processes.first:
+        state, info = cached(images, test, folder, device, recipe)
+        model.load_state_dict(state)
+    info = processes.broadcast(info)
+    copy_weights(processes, model)
+    return model.eval().requires_grad_(False).to(device), info
+
+
+def cached(
+    images: data.Images, test: data.Images, folder: Path, device: torch.device, recipe: dict
+) -> tuple[dict[str, Tensor], dict]:
+    """Weights and info of `obtain`."""
     key = cache.digest(recipe, cache.fingerprint(images), list(images.classes))
     path = folder / f"domain-classifier-{key}.safetensors"
     found = cache.load(path)
     if found is not None:
-        model = DomainClassifier(images.channels, len(images.classes), recipe["widths"])
-        model.load_state_dict(found[0])
-        return model.eval().requires_grad_(False).to(device), found[1]
+        return found
     print(f"training the domain classifier of {images.name}, once: {path}", file=sys.stderr)
     model = train(images, recipe, device)
     info = {
@@ -130,4 +146,4 @@ def obtain(
         "test_images": len(test),
     }
     cache.store(path, model.state_dict(), info)
-    return model, info
+    return model.state_dict(), info

@@ -9,9 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from . import cli, evaluation
+
+if TYPE_CHECKING:
+    import torch
+
+    from .distributed import Processes
 
 try:
     from tyro.conf import Positional
@@ -36,7 +41,7 @@ class EvaluateConfig:
     metrics: str = "fid,kid,is,prc"
     """What to compute, with commas between: fid, kid, is (Inception Score), prc (precision and
     recall), agreement (of a domain classifier with the labels asked for), nll (bits/dim)."""
-    n: int = 2000
+    n: Annotated[int, cli.also("-n")] = 2000
     """Number of samples; FID falls as it grows, so compare figures of the same n alone."""
     seed: int = 0
     """Seed of the noise, the splits and the subsets."""
@@ -87,15 +92,24 @@ class EvaluateConfig:
     """Samples computed at a time."""
     device: Annotated[str | None, cli.left_out("cuda where there is one, else cpu", "NAME")] = None
     """Device: cpu, cuda, cuda:1 …"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the U-Net; auto is bf16 where the device has it, but fp32 for bits/dim."""
+
+    @property
+    def subset_size(self) -> int:
+        return self.kid_subset_size or max(2, min(1000, self.n // 2))
 
 
 def command(args: Sequence[str] | None) -> None:
     config = cli.parse(EvaluateConfig, PROG, args)
     metrics = check(config)
-    record = evaluate(config, metrics)
-    print(evaluation.table(record))
+
+    from .dealing import together
+
+    with together(config.device) as (processes, device):
+        record = evaluate(config, metrics, processes, device)
+    if record is not None:
+        print(evaluation.table(record))
 
 
 def check(config: EvaluateConfig) -> list[str]:
@@ -124,7 +138,7 @@ def check(config: EvaluateConfig) -> list[str]:
     if config.guidance is not None and set(metrics) == {"nll"}:
         raise ValueError("--guidance guides samples, of which nll has none: leave it out")
     n = config.n
-    if "kid" in metrics and subset_size(config) > n:
+    if "kid" in metrics and config.subset_size > n:
         raise ValueError(f"--n {n} is less than --kid-subset-size {config.kid_subset_size}")
     if "is" in metrics and not makes(n, config.splits):
         raise ValueError(
@@ -135,28 +149,34 @@ def check(config: EvaluateConfig) -> list[str]:
     return list(dict.fromkeys(metrics))
 
 
-def subset_size(config: EvaluateConfig) -> int:
-    return config.kid_subset_size or max(2, min(1000, config.n // 2))
+def evaluate(
+    config: EvaluateConfig, metrics: list[str], processes: Processes, device: torch.device
+) -> dict | None:
+    """Draws, scores, adds a record to RUN/evaluation.json and returns it; None but on rank 0.
 
-
-def evaluate(config: EvaluateConfig, metrics: list[str]) -> dict:
-    """Draws, scores, adds a record to RUN/evaluation.json and returns it."""
-    from . import cache, checkpoint, scores
+    All processes draw and compute features and bits/dim; rank 0 makes figures of them and alone
+    has the cache and the run's folder.
+    """
+    from . import cache, checkpoint, dealing, scores, scoring
     from .coefficients import asked_steps
-    from .device import choose_device, choose_precision
+    from .device import choose_precision
 
     if {"fid", "kid", "is"} & set(metrics):
         import torchmetrics  # noqa: F401  # where it is missing, that is said before all the work
-    device = choose_device(config.device)
-    file = checkpoint.find(config.run)
-    model, diffusion, info = checkpoint.load(file, device=device)
-    cli.make_writable(file.parent, "RUN")
-    evaluation.read(file.parent)  # a file that is none is said before all the work
+    model, diffusion, info = checkpoint.load(config.run, device=device)
+    file = info["file"]  # an older one where the newest is damaged
+    if processes.first:
+        cli.make_writable(file.parent, "RUN")
+        evaluation.read(file.parent)  # a file that is none is said before all the work
     checkpoint.check_range(info, config.run)
     steps = asked_steps(config.steps, config.sampler, config.spacing, diffusion.T)
     folder = cache.folder(config.cache)
-    train, test = real_pictures(config, info, model)
+    train, test = scoring.real_pictures(config, info, model, processes)
     check_pictures(config, metrics, info, model, train, test)
+    precision = str(choose_precision(config.precision, device)).removeprefix("torch.")
+    if processes.world > 1:
+        pictures = [cache.fingerprint(images) for images in (train, test)]
+        dealing.check_alike(processes, [model], precision=precision, pictures=pictures)
     record = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "run": str(config.run),
@@ -168,35 +188,46 @@ def evaluate(config: EvaluateConfig, metrics: list[str]) -> dict:
             **{k: getattr(config, k) for k in SETTINGS},
             "steps": steps,
             "device": str(device),
-            "precision": str(choose_precision(config.precision, device)).removeprefix("torch."),
+            "precision": precision,
         },
         "notes": [] if test.name == "fashion-mnist" else [SEEN.format(test.name)],
         "results": {},
     }
+    drawn = real = held_out = terms = None
     if metrics != ["nll"]:
-        extractor = choose_extractor(config, metrics, train, test, folder, device)
-        dims = scores.statistics(extractor, train, folder, "the training set")
+        extractor = scoring.choose_extractor(
+            config, metrics, train, test, folder, device, processes
+        )
+        real = scores.statistics(extractor, train, folder, "the training set", processes)
+        drawn = scoring.features(config, model, diffusion, steps, extractor, device, processes)
+        if config.baseline:
+            held_out = scores.statistics(extractor, test, folder, "the test set", processes)
+    if "nll" in metrics:
+        terms = scoring.likelihood(config, model, diffusion, test, device, processes)
+    if not processes.first:
+        return None
+    if drawn is not None:
         record |= {
             "features": extractor.name,
-            "real": {"data": train.name, "count": dims.count},
+            "real": {"data": train.name, "count": real.count},
             "splits": config.splits,
             "kid_subsets": config.kid_subsets,
-            "kid_subset_size": subset_size(config),
+            "kid_subset_size": config.subset_size,
             "neighbours": config.neighbours,
         }
-        drawn, y = draw(config, model, diffusion, steps, device)
-        found = extractor(drawn.split(500), len(drawn), "the samples")
-        record["results"]["samples"] = score(config, metrics, dims, *found, y, record["notes"])
-        if config.baseline:
-            real = scores.statistics(extractor, test, folder, "the test set")
-            n = min(config.n, len(real.features))
-            record["real"]["test_pictures"] = n
-            record["results"]["test pictures"] = score(
-                config, metrics, dims, real.features[:n], real.logits[:n], real.labels[:n], []
-            )
-    if "nll" in metrics:
+        labels = scoring.labels_of(config, model)
+        record["results"]["samples"] = scoring.score(
+            config, metrics, real, *drawn, labels, record["notes"]
+        )
+    if held_out is not None:
+        n = min(config.n, len(held_out.features))
+        record["real"]["test_pictures"] = n
+        some = held_out.features[:n], held_out.logits[:n], held_out.labels[:n]
+        record["results"]["test pictures"] = scoring.score(config, metrics, real, *some, [])
+    if terms is not None:
         plot = "nll.png" if file.name == checkpoint.FILE else f"nll-{file.stem}.png"
-        record["nll"] = bits_per_dim(config, model, diffusion, test, file.parent / plot, device)
+        computed = scoring.nll_precision(config, device)
+        record["nll"] = scoring.bits_per_dim(config, terms, computed, file.parent / plot)
     for note in record["notes"]:
         print(f"note: {note}", file=sys.stderr)
     evaluation.add(file.parent, record)
@@ -207,35 +238,6 @@ SEEN = (
     "the test pictures are a tenth of {}: the classifier has not seen them, the run that is judged "
     "may have been trained on them"
 )
-
-
-def real_pictures(config: EvaluateConfig, info: dict, model):
-    """Training and test pictures; a data set without a test set of its own lends a tenth."""
-    import torch
-
-    from . import data
-
-    name = config.dataset or info["train"].get("dataset") or "fashion-mnist"
-    saved = info["train"].get("data_dir")
-    options = {
-        "size": model.config["image_size"],
-        "channels": model.config["in_channels"],
-        "data_dir": config.data_dir or (saved if name == "fashion-mnist" else None),
-    }
-    if name == "fashion-mnist":
-        return tuple(data.open_dataset(name, split=s, **options) for s in ("train", "test"))
-    try:
-        images = data.open_dataset(name, labels=True, **options)
-    except ValueError:  # no labels, or nothing at all
-        images = data.open_dataset(name, **options)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    held = len(images) // 10
-    if held < 2:
-        raise ValueError(
-            f"--dataset {name} has {len(images)} pictures: 20 are the least, of which a tenth is "
-            "held out as the test set"
-        )
-    return data.subset(images, order[held:]), data.subset(images, order[:held])
 
 
 def check_pictures(config: EvaluateConfig, metrics, info: dict, model, train, test) -> None:
@@ -272,142 +274,6 @@ def check_pictures(config: EvaluateConfig, metrics, info: dict, model, train, te
 def makes(n: int, splits: int) -> bool:
     """Whether n pictures, in parts of equal length but for the last, make so many parts."""
     return -(-n // -(-n // splits)) == splits
-
-
-def choose_extractor(config: EvaluateConfig, metrics, train, test, folder: Path, device):
-    """Makes the cache's folder too, but not where weights or labels are missing."""
-    from . import inception, scores
-
-    kind, weights = config.features, config.inception_weights
-    if kind == "auto" and weights is not None:
-        kind = "inception"
-    if kind == "auto":
-        kind = "domain" if train.name == "fashion-mnist" else "inception"
-        if kind == "inception" and train.labels is not None:
-            try:
-                inception.find()
-            except ValueError:
-                kind = "domain"
-    if "agreement" in metrics and kind != "domain":
-        raise ValueError("--metrics agreement needs --features domain")
-    if kind == "domain":
-        if train.labels is not None and len(train.classes) > 1:  # else it will be refused
-            cli.make_writable(folder, "--cache")
-        return scores.domain_extractor(train, test, folder, device)
-    extractor = scores.inception_extractor(inception.find(weights), device)
-    cli.make_writable(folder, "--cache")
-    return extractor
-
-
-def draw(config: EvaluateConfig, model, diffusion, steps: int | str, device):
-    """n samples as pictures (n, C, H, W) uint8, and the labels asked for (n,) or None."""
-    import torch
-    from tqdm import trange
-
-    from . import pictures
-    from .device import autocast, choose_precision
-    from .samplers import sample
-
-    precision = choose_precision(config.precision, device)
-    size, channels = model.config["image_size"], model.config["in_channels"]
-    classes = model.config.get("num_classes")
-    y = torch.arange(config.n) % classes if classes else None
-    parts = []
-    for start in trange(0, config.n, config.batch, desc="sampling", unit="batch", leave=False):
-        count = min(config.batch, config.n - start)
-        with autocast(device, precision):
-            images = sample(
-                model,
-                diffusion,
-                (count, channels, size, size),
-                sampler=config.sampler,
-                steps=steps,
-                spacing=config.spacing,
-                eta=config.eta,
-                seed=config.seed,
-                clip=config.clip,
-                guidance=config.guidance,
-                y=None if y is None else y[start : start + count].to(device),
-                offset=start,
-            )
-        # 8 bits, as the real ones have and a file of them would.
-        parts.append(torch.from_numpy(pictures.to_bytes(images)).permute(0, 3, 1, 2))
-    return torch.cat(parts), y
-
-
-def score(config: EvaluateConfig, metrics, real, features, logits, labels, notes: list) -> dict:
-    """The figures of one set of pictures against the statistics of the real one."""
-    from . import scores
-
-    n, d = features.shape
-    found: dict = {"n": n}
-    if "fid" in metrics:
-        found["fid"] = scores.frechet_distance(real.mean, real.cov, features)
-        for count, whose in ((n, "n"), (real.count, "the number of real pictures")):
-            if count <= d:
-                notes.append(
-                    f"FID: {whose} is {count}, not above the {d} features, so a covariance is "
-                    f"singular and the distance too large: use more than {d} pictures"
-                )
-    if "kid" in metrics:
-        size = min(subset_size(config), n, len(real.features))
-        options = {"subsets": config.kid_subsets, "subset_size": size, "seed": config.seed}
-        found["kid"], found["kid_std"] = scores.kernel_distance(real.features, features, **options)
-        found["kid_subset_size"] = size
-    if "is" in metrics:
-        splits = {"splits": config.splits, "seed": config.seed}
-        found["is"], found["is_std"] = scores.inception_score(logits, **splits)
-    if "prc" in metrics:
-        some = real.features[:n]
-        k = {"k": config.neighbours}
-        found["precision"], found["recall"] = scores.precision_recall(some, features, **k)
-        found["prc_real"] = len(some)
-    if "agreement" in metrics:
-        found["agreement"] = float((logits.argmax(1) == labels).double().mean())
-    return found
-
-
-def bits_per_dim(config: EvaluateConfig, model, diffusion, test, plot: Path, device) -> dict:
-    """Bits/dim of test pictures with its parts; the terms over t as a picture."""
-    import torch
-    from tqdm import tqdm
-
-    from . import curves, data
-    from .device import autocast, choose_precision
-
-    n = min(config.nll_n or min(100, config.n), len(test))
-    chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:n]
-    # bfloat16 would add to the bits: 0.014 of 3.87 on Fashion-MNIST.
-    asked = "fp32" if config.precision == "auto" else config.precision
-    precision = choose_precision(asked, device)
-    conditional = model.config.get("num_classes")
-    parts: dict[str, list] = {name: [] for name in ("total", "prior", "vb", "mse")}
-    pieces = chosen.split(config.batch)
-    for i, some in enumerate(tqdm(pieces, desc="bits/dim", unit="batch", leave=False)):
-        pixels = next(data.in_order(test, some, len(some)))
-        x0 = (pixels.float() / 127.5 - 1).to(device)
-        y = {"y": test.labels[some].to(device)} if conditional else {}
-        with autocast(device, precision):
-            terms = diffusion.bits_per_dim(
-                model, x0, **y, seed=config.seed, offset=i * config.batch, progress=True
-            )
-        for name, kept in parts.items():
-            kept.append(getattr(terms, name).double().cpu())
-    total, prior, vb, mse = (torch.cat(kept) for kept in parts.values())
-    terms = {"vb": vb.mean(0).tolist(), "mse": mse.mean(0).tolist()}
-    curves.vlb_terms({str(config.run): terms}, plot)
-    return {
-        "n": n,
-        "bits_per_dim": float(total.mean()),
-        "standard_error": float(total.std() / math.sqrt(n)) if n > 1 else None,
-        "prior": float(prior.mean()),
-        "decoder": float(vb[:, 0].mean()),  # −log p(x_0 | x_1)
-        "kl": float(vb[:, 1:].sum(1).mean()),
-        "T": diffusion.T,
-        "precision": str(precision).removeprefix("torch."),
-        "plot": plot.name,
-        "terms": {name: [float(f"{v:.5g}") for v in values] for name, values in terms.items()},
-    }
 
 
 def main(args: Sequence[str] | None = None) -> int:

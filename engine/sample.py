@@ -9,9 +9,14 @@ import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from . import cli
+
+if TYPE_CHECKING:
+    import torch
+
+    from .distributed import Processes
 
 if __name__ != "__main__":  # the command line answers --help and wrong options without torch
     from .samplers import sample
@@ -34,7 +39,7 @@ class SampleConfig:
     """Folder of a run, or its checkpoint file."""
     out: Path = Path("samples.png")
     """Picture to write, PNG; an existing one is replaced, a missing folder made."""
-    n: int = 64
+    n: Annotated[int, cli.also("-n")] = 64
     """Number of samples."""
     sampler: Literal["ddpm", "ddim", "dpm++", "heun"] = "ddim"
     """Sampler: ddpm is ancestral; ddim is deterministic with --eta 0; dpm++ needs fewest calls of
@@ -69,7 +74,7 @@ class SampleConfig:
     """Samples computed at a time."""
     device: Annotated[str | None, cli.left_out("cuda where there is one, else cpu", "NAME")] = None
     """Device to sample on: cpu, cuda, cuda:1 …"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the U-Net; auto is bf16 where the device has it."""
     layout: Literal["auto", "channels_last", "contiguous"] = "auto"
     """Memory layout of images and weights; auto is channels_last."""
@@ -84,17 +89,81 @@ def command(args: Sequence[str] | None) -> None:
     config = cli.parse(SampleConfig, PROG, args)
     check(config)
 
-    import torch
+    from .dealing import together
 
-    from . import plots
-    from .checkpoint import check_range, load
-    from .coefficients import asked_steps
+    with together(config.device) as (processes, device):
+        draw(config, processes, device)
+
+
+def draw(config: SampleConfig, processes: Processes, device: torch.device) -> None:
+    """Draws this process's batches; rank 0 makes the pictures of all."""
+    from . import dealing, plots
     from .execution import choose, describe
     from .samplers import sample
 
-    asked = config.device, config.precision, config.layout, config.compile
-    execution = choose(*asked, sampling=config.prepack)
-    device = execution.device
+    asked = config.precision, config.layout, config.compile
+    execution = choose(device, *asked, sampling=config.prepack)
+    model, classifier, diffusion, steps, labels = opened(config, device)
+    if processes.first:
+        for name, path in (("out", config.out), ("strip", config.strip)):
+            if path is not None:
+                cli.make_writable(path.absolute().parent, f"--{name}")
+    networks = [model] if classifier is None else [model, classifier]
+    dealing.check_alike(processes, networks, precision=str(execution.precision))
+    model = execution.prepared(model)
+    many = f"; {processes.world} processes" if processes.world > 1 else ""
+    print(describe(model, execution) + many, file=sys.stderr)
+    network = execution.network(model)
+    channels, size = model.config["in_channels"], model.config["image_size"]
+    scale = 1.0 if config.classifier_scale is None else config.classifier_scale
+    states = []  # of the first batch, which is rank 0's
+
+    def batches(mine: range):
+        for start in (i * config.batch for i in mine):
+            count = min(config.batch, config.n - start)
+            wanted = 10 if config.strip is not None and start == 0 else 0
+            with execution.autocast():
+                images = sample(
+                    network,
+                    diffusion,
+                    (count, channels, size, size),
+                    sampler=config.sampler,
+                    steps=steps,
+                    spacing=config.spacing,
+                    eta=config.eta,
+                    seed=config.seed,
+                    clip=config.clip,
+                    y=None if labels is None else labels[start : start + count].to(device),
+                    guidance=config.guidance,
+                    classifier=classifier,
+                    classifier_scale=scale,
+                    progress=True,
+                    offset=start,
+                    prepack="auto" if config.prepack else False,
+                    trajectory=wanted,
+                )
+            if wanted:
+                images, states[:] = images
+            yield (images.cpu(),)
+
+    drawn = dealing.deal(processes, -(-config.n // config.batch), batches)
+    if drawn is None:
+        return
+    plots.grid(drawn[0], config.out)
+    print(f"{config.n} samples    {config.out}")
+    if states:
+        plots.strip([state[:8] for state in states], config.strip)
+        print(f"x_T … x_0     {config.strip}")
+
+
+def opened(config: SampleConfig, device: torch.device):
+    """→ model, classifier or None, diffusion, steps, labels (n,) or None. Raises ValueError, one
+    sentence, where they and the options do not fit each other."""
+    import torch
+
+    from .checkpoint import check_range, load
+    from .coefficients import asked_steps
+
     model, diffusion, info = load(config.run, device=device)
     check_range(info, config.run)
     steps = asked_steps(config.steps, config.sampler, config.spacing, diffusion.T)
@@ -114,47 +183,7 @@ def command(args: Sequence[str] | None) -> None:
                 "model: train it with the same --schedule and --timesteps"
             )
     labels = choose_labels(config, classes, info.get("classes", []))
-    for name, path in (("out", config.out), ("strip", config.strip)):
-        if path is not None:
-            cli.make_writable(path.absolute().parent, f"--{name}")
-    size = model.config["image_size"]
-    model = execution.prepared(model)
-    print(describe(model, execution), file=sys.stderr)
-    network = execution.network(model)
-    parts, states = [], []
-    for start in range(0, config.n, config.batch):
-        count = min(config.batch, config.n - start)
-        wanted = 10 if config.strip is not None and start == 0 else 0
-        with execution.autocast():
-            images = sample(
-                network,
-                diffusion,
-                (count, model.config["in_channels"], size, size),
-                sampler=config.sampler,
-                steps=steps,
-                spacing=config.spacing,
-                eta=config.eta,
-                seed=config.seed,
-                clip=config.clip,
-                y=None if labels is None else labels[start : start + count].to(device),
-                guidance=config.guidance,
-                classifier=classifier,
-                classifier_scale=1.0
-                if config.classifier_scale is None
-                else config.classifier_scale,
-                progress=True,
-                offset=start,
-                prepack="auto" if config.prepack else False,
-                **({"trajectory": wanted} if wanted else {}),
-            )
-        if wanted:
-            images, states = images
-        parts.append(images.cpu())
-    plots.grid(torch.cat(parts), config.out)
-    print(f"{config.n} samples    {config.out}")
-    if states:
-        plots.strip([state[:8] for state in states], config.strip)
-        print(f"x_T … x_0     {config.strip}")
+    return model, classifier, diffusion, steps, labels
 
 
 def check(config: SampleConfig) -> None:

@@ -7,7 +7,7 @@ depends on the feature extractor and on n; `Extractor.name` and the counts are k
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from . import cache, data, domain_classifier, inception
+from .dealing import deal
+from .distributed import ALONE, Processes
 
+PIECE = 500  # pictures whose features are computed at a time
 SUBSET = 10_000  # pictures of a real set whose features are kept, beside the statistics of all
 
 
@@ -28,23 +31,31 @@ class Extractor:
     run: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     @torch.inference_mode()
-    def __call__(self, pixels: Iterable[Tensor], total: int, what: str) -> tuple[Tensor, Tensor]:
+    def of(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits = (part.float().cpu() for part in self.run(pixels))
+        return features, logits
+
+    def __call__(
+        self, pixels: Iterable[Tensor], total: int, what: str
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of every piece of `pixels`, in turn; total, the number of pictures, is for show."""
         from tqdm import tqdm
 
-        features, logits = [], []
         with tqdm(total=total, desc=f"features of {what}", leave=False, delay=2) as progress:
             for some in pixels:
-                for kept, part in zip((features, logits), self.run(some), strict=True):
-                    kept.append(part.float().cpu())
+                yield self.of(some)
                 progress.update(len(some))
-        return torch.cat(features), torch.cat(logits)
 
 
 def domain_extractor(
-    images: data.Images, test: data.Images, folder: Path, device: torch.device
+    images: data.Images,
+    test: data.Images,
+    folder: Path,
+    device: torch.device,
+    processes: Processes = ALONE,
 ) -> Extractor:
     """The classifier of this data set: trained here, once, or from the cache."""
-    model, info = domain_classifier.obtain(images, test, folder, device)
+    model, info = domain_classifier.obtain(images, test, folder, device, processes=processes)
     name = (
         f"domain classifier of {images.name} ({info['accuracy']:.2%} of {info['test_images']} test "
         f"pictures right, recipe {info['key'][:8]}), {model.head.in_features} features"
@@ -83,25 +94,48 @@ class Statistics:
     labels: Tensor  # (m,) int64, −1 where there are none
 
 
-def statistics(extractor: Extractor, images: data.Images, folder: Path, what: str) -> Statistics:
-    """The statistics of a real set, from the cache or computed and put there."""
-    key = cache.digest(1, extractor.key, cache.fingerprint(images), SUBSET)
-    path = folder / f"statistics-{key}.safetensors"
-    found = cache.load(path)
-    if found is None:
+def statistics(
+    extractor: Extractor,
+    images: data.Images,
+    folder: Path,
+    what: str,
+    processes: Processes = ALONE,
+) -> Statistics | None:
+    """The statistics of a real set, from the cache or computed and put there.
+
+    Of several processes all compute, and rank 0 alone has the cache and the result.
+    """
+    found = path = None
+    if processes.first:
+        key = cache.digest(1, extractor.key, cache.fingerprint(images), SUBSET)
+        path = folder / f"statistics-{key}.safetensors"
+        found = cache.load(path)
+    if processes.broadcast(found is None):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        features, logits = extractor(data.in_order(images, order, 500), len(order), what)
-        kept = order[:SUBSET]
-        tensors = {
-            **dict(zip(("mean", "cov"), moments(features), strict=True)),
-            "features": features[:SUBSET],
-            "logits": logits[:SUBSET],
-            "labels": torch.full_like(kept, -1) if images.labels is None else images.labels[kept],
-        }
-        info = {"extractor": extractor.name, "data": images.name, "count": len(images)}
-        cache.store(path, tensors, info)
-        found = tensors, info
-    return Statistics(found[1]["count"], **found[0])
+        pieces = order.split(PIECE)
+
+        def features_of(mine: range) -> Iterator[tuple[Tensor, Tensor]]:
+            chosen = torch.cat([order[:0], *(pieces[i] for i in mine)])
+            return extractor(data.in_order(images, chosen, PIECE), len(chosen), what)
+
+        made = deal(processes, len(pieces), features_of)
+        if made is not None:
+            found = tensors, info = collected(extractor, images, order[:SUBSET], *made)
+            cache.store(path, tensors, info)
+    return None if found is None else Statistics(found[1]["count"], **found[0])
+
+
+def collected(
+    extractor: Extractor, images: data.Images, kept: Tensor, features: Tensor, logits: Tensor
+) -> tuple[dict[str, Tensor], dict]:
+    """What `statistics` keeps of all the features: tensors and info of a file of the cache."""
+    tensors = {
+        **dict(zip(("mean", "cov"), moments(features), strict=True)),
+        "features": features[: len(kept)],
+        "logits": logits[: len(kept)],
+        "labels": torch.full_like(kept, -1) if images.labels is None else images.labels[kept],
+    }
+    return tensors, {"extractor": extractor.name, "data": images.name, "count": len(images)}
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,6 +144,10 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     mean = x.mean(0)
     x = x - mean
     return mean, x.T @ x / (len(x) - 1)
+
+
+# torchmetrics would wait for all processes of the job to compute the metric; rank 0 alone does.
+HERE = {"sync_on_compute": False}
 
 
 class Given(nn.Module):
@@ -131,7 +169,7 @@ def frechet_distance(mean: Tensor, cov: Tensor, features: Tensor) -> float:
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=Given(len(mean)))
+    metric = FrechetInceptionDistance(feature=Given(len(mean)), **HERE)
     # Both sets are shifted by the real mean, which leaves the distance as it is: torchmetrics sums
     # x xᵀ, and far from the origin the covariance would be a small difference of large numbers.
     metric.real_features_cov_sum += cov.double()  # times count − 1 for a count of 2
@@ -154,7 +192,9 @@ def kernel_distance(
         warnings.simplefilter("ignore", UserWarning)  # that it keeps the features
         torch.manual_seed(seed)
         given = Given(real.shape[1])
-        metric = KernelInceptionDistance(feature=given, subsets=subsets, subset_size=subset_size)
+        metric = KernelInceptionDistance(
+            feature=given, subsets=subsets, subset_size=subset_size, **HERE
+        )
         metric.update(real.double(), real=True)
         metric.update(features.double(), real=False)
         mean, deviation = metric.compute()
@@ -175,7 +215,7 @@ def inception_score(logits: Tensor, *, splits: int, seed: int) -> tuple[float, f
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)
         torch.manual_seed(seed)
-        metric = InceptionScore(feature=Given(logits.shape[1]), splits=splits)
+        metric = InceptionScore(feature=Given(logits.shape[1]), splits=splits, **HERE)
         metric.update(logits.double())
         mean, deviation = metric.compute()
     return float(mean), float(deviation) if splits > 1 else None

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import checkpoint, cli, domain_classifier, evaluate, evaluation, train
+from engine import checkpoint, cli, domain_classifier, evaluate, evaluation, scoring, train
 from engine.coefficients import asked_steps
 
 pytest.importorskip("torchmetrics")
@@ -87,7 +87,7 @@ def test_guidance(run, capsys):
     drawn = {}
     for scale in (None, 1.0, 0.0, 8.0):
         config = evaluate.EvaluateConfig(folder, n=8, guidance=scale, precision="fp32")
-        drawn[scale] = evaluate.draw(config, model, diffusion, 2, torch.device("cpu"))[0]
+        drawn[scale] = next(scoring.draw(config, model, diffusion, 2, torch.device("cpu"), [0]))
     assert torch.equal(drawn[None], drawn[1.0])
     assert not torch.equal(drawn[0.0], drawn[1.0]) and not torch.equal(drawn[8.0], drawn[1.0])
 
