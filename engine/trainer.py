@@ -22,6 +22,7 @@ from .cli import Failed
 from .execution import Execution, choose
 from .importance import LossAwareSampler
 from .metrics import Log
+from .optimizer import AdamW
 
 if TYPE_CHECKING:
     from .train import TrainConfig
@@ -62,7 +63,7 @@ class Trainer:
         self.network = self.execution.network(self.model)
         self.parameters = dict(self.model.named_parameters())
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = AdamW(
             self.parameters.values(),
             lr=config.lr,
             weight_decay=config.weight_decay,

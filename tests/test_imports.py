@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 # Inside engine, a module may import only from the layers before its own.
 LAYERS = (
-    "device dispatch presets schedules layouts diffusers_config importance metrics decoded verdict",
+    "device dispatch presets schedules layouts diffusers_config importance metrics decoded verdict "
+    "optimizer",
     "ops cli inception execution",
     "likelihood blocks fashion_mnist pictures patterns memory_format",
     "diffusion unet data rewrite fused_scheduler",
