@@ -17,7 +17,7 @@ LAYERS = (
     "optimizer",
     "ops cli inception execution",
     "likelihood blocks fashion_mnist pictures patterns memory_format",
-    "diffusion unet data rewrite fused_scheduler",
+    "diffusion unet data rewrite fused_scheduler embedded",
     "prepacked coefficients guidance classifier curves backend diffusers_schedulers",
     "samplers foreign acceleration",
     "checkpoint",
