@@ -43,8 +43,12 @@ def find_null_label(
     return label
 
 
-def network(model: Callable, y: Tensor | None, null_label: int | None) -> Callable:
+def network(
+    model: Callable, y: Tensor | None, null_label: int | None, times: Tensor, batch: int
+) -> Callable:
     """→ run(x, t) → the network's output, and that without the condition, or None.
+
+    t is one of `times` for all of the batch, which a model that has `expect` is told beforehand.
 
     With a null label both come from one call on the doubled batch (x, x), labels (y, null): each is
     a slice of its result, which ops.reverse_step reads in place.
@@ -53,9 +57,12 @@ def network(model: Callable, y: Tensor | None, null_label: int | None) -> Callab
     def plain(x: Tensor, t: Tensor) -> tuple[Tensor, None]:
         return check_output(model(x, t) if y is None else model(x, t, y)), None
 
+    expect = getattr(model, "expect", lambda *_: None)
     if null_label is None:
+        expect(times, batch, y)
         return plain
     labels = torch.cat([y, torch.full_like(y, null_label)])
+    expect(times, 2 * batch, labels)
 
     def both(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         out = check_output(model(torch.cat([x, x]), torch.cat([t, t]), labels))

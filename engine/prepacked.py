@@ -13,7 +13,6 @@ weights of the moment when it was made or first ran, while norms and embeddings 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import torch
@@ -32,6 +31,7 @@ from .blocks import (
     Upsample,
 )
 from .device import PACKED, cannot_pack
+from .embedded import Embedded, Product, Slice, share
 from .ops.layout import is_dense, rows
 from .unet import UNet
 
@@ -58,7 +58,7 @@ def prepacked(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     if where - {"cpu"}:
         raise ValueError(f"prepacked weights are for the CPU, the model is on {', '.join(where)}")
     twin = _twin(model, dtype)
-    _share(twin, dtype)
+    share(twin, _PackedLinear, lambda layer: _PackedLinear(layer, dtype))
     return twin
 
 
@@ -78,21 +78,14 @@ def for_sampling(model: Callable, prepack: bool | str = "auto") -> Callable:
     if missing:
         return model
     twin = prepacked(model, _computes_in(model)).eval()
-    if not _casts_by_itself(twin):
-        return twin
-
-    def call(*args: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):  # it costs a microsecond per operator
-            return twin(*args)
-
-    return call
+    return Embedded(twin) if _casts_by_itself(twin) else twin
 
 
 def _casts_by_itself(twin: nn.Module) -> bool:
     """Whether nothing in it needs autocast: layers of others do, and hooks may."""
     ours = (UNet, TimeEmbedding, Level, ResBlock, AttentionBlock, Downsample, Upsample)
     ours += (GroupNormSiLU, nn.Embedding, nn.ModuleList, nn.Identity, nn.Dropout)
-    ours += (_PackedConv2d, _PackedLinear, _PackedUpsample, _Product, _Slice, _Norm)
+    ours += (_PackedConv2d, _PackedLinear, _PackedUpsample, Product, Slice, _Norm)
     return all(
         type(m) in ours and not _changed(m) and "forward" not in m.__dict__ for m in twin.modules()
     )
@@ -134,7 +127,7 @@ def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         conv = module.conv
         if type(conv) is Conv2d and not _changed(conv) and "forward" not in conv.__dict__:
             return _PackedUpsample(conv, dtype)
-    if isinstance(module, (_Packed, _Slice, _Norm)):
+    if isinstance(module, (_Packed, Slice, _Norm)):
         return module
     twin = module.__class__.__new__(module.__class__)
     twin.__dict__ = dict(module.__dict__)
@@ -144,47 +137,6 @@ def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         for name, child in module._modules.items()
     }
     return twin
-
-
-def _share(twin: nn.Module, dtype: torch.dtype) -> None:
-    """One product for the time embeddings of all blocks: 22 small ones took a tenth of a step of
-    batch 1."""
-    blocks = [m for m in twin.modules() if isinstance(m, ResBlock)]
-    blocks = [block for block in blocks if isinstance(block.temb_proj, _PackedLinear)]
-    widths = {block.temb_proj.layer[0].in_features for block in blocks}
-    if len(blocks) < 2 or len(widths) > 1:  # a model of somebody's own may have two embeddings
-        return
-    layers = [block.temb_proj.layer[0] for block in blocks]
-    whole = nn.utils.skip_init(Linear, layers[0].in_features, sum(n.out_features for n in layers))
-    whole.weight = nn.Parameter(torch.cat([n.weight.detach() for n in layers]), False)
-    whole.bias = nn.Parameter(torch.cat([n.bias.detach() for n in layers]), False)
-    product = _Product(_PackedLinear(whole, dtype))
-    end = 0
-    for block, layer in zip(blocks, layers, strict=True):
-        start, end = end, end + layer.out_features
-        block.temb_proj = _Slice(product, start, end)
-
-
-class _Product(nn.Module):
-    """The last product, kept until another input comes."""
-
-    def __init__(self, layer: _PackedLinear) -> None:
-        super().__init__()
-        self.layer, self.last = layer, threading.local()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if getattr(self.last, "x", None) is not x:
-            self.last.x, self.last.y = x, self.layer(x)
-        return self.last.y
-
-
-class _Slice(nn.Module):
-    def __init__(self, product: _Product, start: int, end: int) -> None:
-        super().__init__()
-        self.product, self.start, self.end = product, start, end
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x)[:, self.start : self.end]
 
 
 class _Packed(nn.Module):
@@ -354,4 +306,6 @@ class _Norm(nn.Module):
         small = all(
             rows(t) is t for t in (norm.weight, norm.bias, add, scale, shift) if t is not None
         )
-        return dispatch.function("group_norm_silu", "fwd", "native") if dense and small else False
+        if not (dense and small and first.numel()):
+            return False
+        return dispatch.function("group_norm_silu", "fwd", "native")

@@ -131,12 +131,13 @@ def sample(
             else:
                 x = z(0).clone(memory_format=torch.contiguous_format)
             labels = y if classifier is None or takes_labels(model) else None
+            times = times.to(device, None if times.dtype == torch.int64 else torch.float32)
             step = _Step(
-                network(called, labels, null_label),
+                network(called, labels, null_label, times, shape[0]),
                 None
                 if classifier is None
                 else partial(class_gradient, classifier, y=y, scale=classifier_scale),
-                times.to(device, None if times.dtype == torch.int64 else torch.float32),
+                times,
                 rows.to(device=device, dtype=torch.float32),
                 counter=torch.zeros(1, dtype=torch.int64, device=device),
                 key=torch.tensor(seed, dtype=torch.int64, device=device) if z is None else None,

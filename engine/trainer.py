@@ -24,6 +24,7 @@ from .execution import Execution, choose
 from .guard import STREAK, Diverged, Guard, event_row, not_finite
 from .importance import LossAwareSampler
 from .metrics import Log
+from .optimizer import AdamW
 from .parallel import Parallel, like, local, whole
 from .signals import Signals, Stopped
 from .torchrun import job
@@ -61,7 +62,7 @@ class Trainer:
         )
         self.parameters = dict(self.model.named_parameters())
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = AdamW(
             self.parameters.values(),
             lr=config.lr,
             weight_decay=config.weight_decay,

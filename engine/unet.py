@@ -215,12 +215,17 @@ class UNet(Encoder):
         y: Tensor | None = None,  # (N,) int64, 0 … num_classes − 1, or null_label
     ) -> Tensor:
         self.check_input(x, t)
-        self._check_labels(y, t)
+        self.check_labels(y, t)
+        return self.denoise(x, self.embed(t, y))
+
+    def embed(self, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """(N, 4·model_channels): what tells every block t and y."""
         temb = self.time_embed(t, self.conv_in.weight.dtype)
         if y is not None:
             temb = temb + self.label_embed(self._drop_labels(y))
-        temb = F.silu(temb)  # once, for all blocks
+        return F.silu(temb)  # once, for all blocks
 
+    def denoise(self, x: Tensor, temb: Tensor) -> Tensor:
         h, skips = self.encode(x, temb)
         for level in self.up:
             for block, attention in zip(level.blocks, level.attentions, strict=True):
@@ -244,7 +249,8 @@ class UNet(Encoder):
         dropped = draws[first : first + len(y)] < self.config["label_dropout"]
         return torch.where(dropped, self.null_label, y)
 
-    def _check_labels(self, y: Tensor | None, t: Tensor) -> None:
+    def check_labels(self, y: Tensor | None, t: Tensor) -> None:
+        """Raises ValueError, one sentence, unless y is there as the model needs it."""
         if (y is None) != (self.label_embed is None):
             need = "needs y, class labels (N,)" if y is None else "is unconditional and takes no y"
             raise ValueError(f"this model {need}")

@@ -14,11 +14,11 @@ ROOT = Path(__file__).parent.parent
 # Inside engine, a module may import only from the layers before its own.
 LAYERS = (
     "device dispatch presets schedules layouts diffusers_config importance metrics decoded verdict"
-    " torchrun",
+    " torchrun optimizer",
     "distributed",
     "ops cli inception execution run_lock checkpoint_file dealing",
     "likelihood blocks fashion_mnist pictures patterns memory_format",
-    "diffusion unet data rewrite fused_scheduler",
+    "diffusion unet data rewrite fused_scheduler embedded",
     "prepacked coefficients guidance classifier curves backend diffusers_schedulers parallel",
     "samplers foreign acceleration",
     "checkpoint",
