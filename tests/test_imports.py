@@ -15,9 +15,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "device dispatch presets schedules layouts diffusers_config importance metrics decoded verdict",
     "ops cli inception execution",
-    "likelihood blocks fashion_mnist pictures patterns memory_format",
-    "diffusion unet data rewrite fused_scheduler",
-    "prepacked coefficients guidance classifier curves backend diffusers_schedulers",
+    "likelihood blocks fashion_mnist pictures patterns memory_format decoding picture_folder",
+    "diffusion unet hugging_face rewrite fused_scheduler",
+    "data prepacked coefficients guidance classifier curves backend diffusers_schedulers",
     "samplers foreign acceleration",
     "checkpoint",
     "evaluation",
