@@ -8,7 +8,7 @@ import sys
 import numpy as np
 
 from . import cli
-from .decoding import UnreadableImage, read, reason, to_array
+from .decoding import Refused, UnreadableImage, read, reason, to_array
 
 
 class Table:
@@ -72,9 +72,9 @@ class Table:
             if isinstance(cell, bytes | bytearray):
                 return read(io.BytesIO(cell), size, channels)[0]
             if cell is None:
-                raise ValueError("it has no picture")
+                raise Refused("it has no picture")
             if not hasattr(cell, "convert"):
-                raise ValueError(f"it has no picture, but a {type(cell).__name__}")
+                raise Refused(f"it has no picture, but a value of type {type(cell).__name__}")
             return to_array(cell, size, channels)
         except Exception as error:  # the library decodes, and raises a dozen kinds
             raise UnreadableImage(f"{self.name} row {index}: {reason(error)}") from None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import checkpoint, data
+from . import cache, checkpoint, data
 from .cli import Failed
 from .execution import Execution, choose
 from .importance import LossAwareSampler
@@ -71,6 +71,7 @@ class Trainer:
         loss_aware = config.t_sampler == "loss-aware"
         self.t_sampler = LossAwareSampler(diffusion.T) if loss_aware else None
         self.drawn: list[tuple[Tensor, Tensor]] = []  # t and loss of this step's images, for it
+        self.pictures = cache.identity(images)  # for --resume to know them again
         self.step = 0  # optimiser steps done
         self.skipped = 0  # of them, steps that the guard left out
         self.streak = 0
@@ -192,6 +193,7 @@ class Trainer:
             "step": self.step,
             "skipped": self.skipped,
             "unit": self.images.unit,
+            "pictures": self.pictures,
         }
         checkpoint.save(self.folder / checkpoint.FILE, tensors, info)
         if c.keep_every and self.step and self.step % c.keep_every == 0:
@@ -313,8 +315,10 @@ class Trainer:
                         self.save()
                     if c.sample_every and self.step % c.sample_every == 0 and self.step < c.steps:
                         path = self.folder / "samples" / f"step_{self.step:06d}.png"
-                        plots.grid(self.sample(16), path)
-                        log.image(self.step, path)
+                        images = self.sample(16)
+                        with log.spared("grids of samples"):
+                            plots.grid(images, path)
+                            log.image(self.step, path)
             finally:
                 progress.close()
                 stream.close()

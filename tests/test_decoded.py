@@ -102,7 +102,7 @@ def test_an_interrupted_or_impossible_entry(folder, tmp_path, monkeypatch, capsy
     cache = tmp_path / "cache"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
 
-        def interrupt(picture, size, channels):
+        def interrupt(*args):
             raise KeyboardInterrupt
 
         patch.setattr(decoding, "to_array", interrupt)

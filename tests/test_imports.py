@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 # Inside engine, a module may import only from the layers before its own.
 LAYERS = (
-    "device dispatch presets schedules layouts diffusers_config importance metrics decoded verdict",
-    "ops cli inception execution",
+    "device dispatch presets schedules layouts diffusers_config importance output decoded verdict",
+    "ops cli inception execution metrics",
     "likelihood blocks fashion_mnist pictures patterns memory_format decoding picture_folder",
     "diffusion unet hugging_face rewrite fused_scheduler",
     "data prepacked coefficients guidance classifier curves backend diffusers_schedulers",
