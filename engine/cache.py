@@ -35,6 +35,12 @@ def fingerprint(images: data.Images) -> str:
     return digest(len(images), images.channels, images.size, *sums)
 
 
+def identity(images: data.Images) -> dict:
+    """What the order of the pictures in a run rests on: how many, and a digest of which they are;
+    of a folder's by their names, since a new version of a decoder makes other pixels."""
+    return {"count": len(images), "digest": images.order or fingerprint(images)}
+
+
 def load(path: Path) -> tuple[dict[str, Tensor], dict] | None:
     """Tensors and info of a file that `store` wrote; None if it is not there or not whole."""
     try:

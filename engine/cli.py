@@ -174,7 +174,7 @@ def main(command: Callable[[Sequence[str] | None], None], args: Sequence[str] | 
     except Failed as failure:
         tell(str(failure))
         return failure.code
-    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError, MemoryError) as error:
         if sys.flags.dev_mode or (isinstance(error, RuntimeError) and not expected(error)):
             raise
         tell(f"error: {sentence(error)}")
@@ -208,6 +208,12 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def sentence(error: Exception) -> str:
+    return shown(_sentence(error))
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "the memory does not suffice"
     if isinstance(error, RuntimeError):
         if out_of_memory(error):
             return "the memory does not suffice: try a smaller --batch, in another --out"
@@ -222,6 +228,17 @@ def sentence(error: Exception) -> str:
             return f"{text}: use {ready}, which `make` has set up, or pip install {package}"
         return f"{text}: pip install {package}"
     return text
+
+
+def shown(name: str | os.PathLike) -> str:
+    """A name as it can be printed on one line: a newline, an escape, half a character are spelled
+    out."""
+    text = os.fspath(name)
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 def make_writable(folder: Path, option: str) -> None:

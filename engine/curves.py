@@ -19,7 +19,7 @@ def loss_curve(run: str | os.PathLike, path: str | os.PathLike | None = None) ->
     """Draws the loss of a run from its metrics.jsonl → run/loss.png (or `path`)."""
     from .metrics import read_metrics
 
-    rows = [row for row in read_metrics(run) if row.get("loss") is not None]
+    rows = [row for row in read_metrics(run) if number(row.get("loss"))]
     path = Path(run) / "loss.png" if path is None else Path(path)
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     smooth, average, weight = [], 0.0, 0.0
@@ -37,6 +37,11 @@ def loss_curve(run: str | os.PathLike, path: str | os.PathLike | None = None) ->
         axes.grid(alpha=0.3)
         axes.legend()
     return path
+
+
+def number(value: object) -> bool:
+    """Whether this can be drawn; a file may hold anything."""
+    return isinstance(value, int | float) and abs(value) < 1e300  # NaN is not
 
 
 def schedule_curves(path: str | os.PathLike, T: int = 1000) -> Path:

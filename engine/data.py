@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import hashlib
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,16 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cli, decoded, fashion_mnist
+from . import cli, decoded, decoding, fashion_mnist, hugging_face, picture_folder
+from .decoding import UnreadableImage
 
 NAMES = ("fashion-mnist",)
 CHOICES = "fashion-mnist, a folder of pictures, or a Hugging Face name such as uoft-cs/cifar10"
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
 MEMORY_LIMIT = 2 << 30  # bytes of pixels; larger data sets are decoded batch by batch
-
-
-class UnreadableImage(Exception):
-    """A picture that cannot be decoded; the text names it."""
 
 
 @dataclass
@@ -48,7 +46,9 @@ class Images:
     labels: Tensor | None = None  # (n,) int64
     classes: Sequence[str] = ()
     unit: bool = False  # batches in [0, 1] in place of [−1, 1]
-    skipped: list[str] = field(default_factory=list)  # names of unreadable pictures
+    skipped: list[str] = field(default_factory=list)  # of unreadable pictures, why
+    unreadable: set[int] = field(default_factory=set)  # found so batch by batch
+    order: str = ""  # digest of a folder's names in order, less the unreadable
     file: Callable[[int], str] | None = None  # name of picture i, in a folder
 
     def __len__(self) -> int:
@@ -203,10 +203,12 @@ def decode(images: Images, indices: Tensor) -> tuple[Tensor, Tensor]:
     def one(index: int) -> tuple[int, np.ndarray]:
         for candidate in range(index, index + len(images)):
             candidate %= len(images)
+            if candidate in images.unreadable:
+                continue
             try:
                 return candidate, images.read(candidate)
             except UnreadableImage as error:
-                _skip(images, str(error))
+                _skip(images, candidate, str(error))
         raise ValueError(_unreadable(images))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -228,21 +230,32 @@ def subset(images: Images, indices: Tensor) -> Images:
     labels = None if images.labels is None else images.labels[indices]
     file = None if images.file is None else lambda i: images.file(int(indices[i]))
     return dataclasses.replace(
-        images, count=len(indices), pixels=pixels, read=read, labels=labels, file=file
+        images,
+        count=len(indices),
+        pixels=pixels,
+        read=read,
+        labels=labels,
+        unreadable=set(),
+        order="",
+        file=file,
     )
 
 
 def _unreadable(images: Images) -> str:
     return (
-        f"{images.name}: none of the {len(images)} pictures can be read (the first: "
+        f"{cli.shown(images.name)}: none of the {len(images)} pictures can be read (the first: "
         f"{images.skipped[0]}); give a folder of whole pictures"
     )
 
 
-def _skip(images: Images, sentence: str) -> None:
-    if sentence not in images.skipped:
-        images.skipped.append(sentence)
-        print(f"skipped ({len(images.skipped)} so far): {sentence}", file=sys.stderr)
+def _skip(images: Images, index: int, sentence: str) -> None:
+    if index in images.unreadable:  # another thread was faster
+        return
+    images.unreadable.add(index)
+    images.skipped.append(sentence)
+    count = len(images.skipped)
+    if count <= 10 or count % 1000 == 0:  # a folder may have a million broken ones
+        print(f"skipped ({count} so far): {sentence}", file=sys.stderr)
 
 
 # --- Fashion-MNIST ------------------------------------------------------------------------------
@@ -273,130 +286,72 @@ def _fashion_mnist(data_dir, split: str, size: int, channels: int) -> Images:
 def _folder(
     folder: Path, size: int, channels: int, labels: bool, memory_limit: int, cache: Path | None
 ) -> Images:
-    everything = [file for file in folder.rglob("*") if file.is_file()]
-    files = sorted(file for file in everything if file.suffix.lower() in SUFFIXES)
-    if not files:
-        raise ValueError(_no_picture(folder, everything))
-    classes, numbers = (), None
-    if labels:
-        loose = [f for f in files if f.parent == folder]
-        if loose:
-            raise ValueError(
-                f"{loose[0]} lies in no class folder: for labels, every picture must be in a "
-                f"sub-folder of {folder}; move it into one, or leave --classes out"
-            )
-        names = [f.relative_to(folder).parts[0] for f in files]
-        classes = sorted(set(names))
-        numbers = torch.tensor([classes.index(name) for name in names])
+    found = picture_folder.Listing(folder)
+    names = found.names
+    if not len(names):
+        raise ValueError(found.no_picture())
+    classes, numbers = found.labels() if labels else ((), None)
+    told = []
 
     def read(index: int) -> np.ndarray:
-        from PIL import Image
-
-        try:
-            with Image.open(files[index]) as picture:
-                return to_array(picture, size, channels)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = str(error).replace(f" {str(files[index])!r}", "")  # Pillow names it as well
-            raise UnreadableImage(f"{files[index]}: {reason}") from None
+        path = found.path(index)
+        picture, more = decoding.read_file(path, size, channels)
+        if more and not told:
+            told.append(path)
+            print(
+                f"{cli.shown(path)} has several frames: of it, and of others like it, the first "
+                "is taken",
+                file=sys.stderr,
+            )
+        return picture
 
     images = Images(
-        str(folder), len(files), channels, size, read=read, labels=numbers, classes=classes
+        str(folder),
+        len(names),
+        channels,
+        size,
+        read=read,
+        labels=None if numbers is None else torch.from_numpy(numbers),
+        classes=classes,
+        order=names.digest(),
     )
-    images.file = lambda i: files[i].relative_to(folder).as_posix()
+    images.file = lambda i: names[i]
     if cache is not None:
-        entry = decoded.Entry(cache, folder, files, size, channels)
-        found = decoded.cached(entry, _decoded(images)) if entry.bytes >= decoded.SMALLEST else None
-        if found is not None:
-            pixels, index = found
-            return _kept(images, torch.from_numpy(pixels), index["readable"], index["skipped"])
+        entry = decoded.Entry(cache, folder, names, size, channels)
+        found_there = None
+        if entry.bytes >= decoded.SMALLEST:
+            found_there = decoded.cached(entry, _decoded(images))
+        if found_there is not None:
+            pixels, unreadable = found_there
+            return _kept(images, torch.from_numpy(pixels), unreadable)
     return _into_memory(images, memory_limit)
-
-
-def _no_picture(folder: Path, files: list[Path]) -> str:
-    if any("-idx3-ubyte" in file.name for file in files):
-        return (
-            f"--dataset {folder} holds IDX files, no pictures: for Fashion-MNIST, give "
-            f"--dataset fashion-mnist --data-dir {folder}"
-        )
-    kinds = sorted({file.suffix or file.name for file in files})
-    found = f"{len(files)} other file(s) ({', '.join(kinds[:5])})" if files else "no file at all"
-    return (
-        f"--dataset {folder} holds no picture: found {found}, expected "
-        f"{', '.join(sorted(SUFFIXES))}; give the folder that has them, in itself or in sub-folders"
-    )
 
 
 def _hugging_face(
     name: str, split: str, size: int, channels: int, labels: bool, memory_limit: int
 ) -> Images:
-    try:
-        import datasets
-    except ImportError:
-        raise ModuleNotFoundError(
-            f"--dataset {name}: there is no such folder{cli.neighbour(name)}; give {CHOICES}, "
-            "which needs the package datasets: pip install datasets"
-        ) from None
-    try:
-        table = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the library raises a dozen kinds: unknown name, network, format
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"--dataset {name}: there is no such folder{cli.neighbour(name)}, and Hugging Face "
-            f"could not load it ({reason}); give {CHOICES}"
-        ) from None
-    kinds = {column: type(kind).__name__ for column, kind in table.features.items()}
-    column = next((c for c, kind in kinds.items() if kind == "Image"), None)
-    if column is None:
-        raise ValueError(
-            f"--dataset {name} has no column of images, only {', '.join(sorted(kinds))}: choose a "
-            "data set of pictures"
-        )
-    if not len(table):
-        raise ValueError(f"--dataset {name} has no rows: choose a data set of pictures")
-    label = next((c for c, kind in kinds.items() if kind == "ClassLabel"), None)
-    if labels and label is None:
-        raise ValueError(
-            f"--dataset {name} has no column of class labels, only {', '.join(sorted(kinds))}: "
-            "leave --classes out"
-        )
-
-    def read(index: int) -> np.ndarray:
-        try:
-            return to_array(table[index][column], size, channels)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UnreadableImage(f"{name} row {index}: {error}") from None
-
-    images = Images(name, len(table), channels, size, read=read)
-    if label is not None:
-        images.labels = torch.tensor(table[label])
-        images.classes = table.features[label].names
+    table = hugging_face.Table(name, split, labels, CHOICES)
+    images = Images(name, len(table), channels, size)
+    images.read = lambda index: table.read(index, size, channels)
+    if table.labels is not None:
+        images.labels = torch.from_numpy(table.labels)
+        images.classes = table.classes
     return _into_memory(images, memory_limit)
-
-
-def to_array(picture, size: int, channels: int) -> np.ndarray:
-    """A Pillow picture → (channels, size, size) uint8: upright, on white, square, resized."""
-    from PIL import Image, ImageOps
-
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):  # convert("L") would clip 16-bit grey at 255
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    elif picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # what lies under transparency may be any colour
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("L" if channels == 1 else "RGB")
-    picture = ImageOps.fit(picture, (size, size), method=Image.Resampling.BICUBIC)
-    return np.asarray(picture).reshape(size, size, channels).transpose(2, 0, 1)
 
 
 def _into_memory(images: Images, memory_limit: int) -> Images:
     """Decodes everything once where it fits the limit, leaving unreadable pictures out."""
-    if len(images) * images.channels * images.size**2 > memory_limit:
+    shape = (len(images), images.channels, images.size, images.size)
+    if math.prod(shape) > memory_limit:
         return images
-    results = list(_decoded(images))
-    readable = [i for i, result in enumerate(results) if not isinstance(result, str)]
-    pixels = np.stack([results[i] for i in readable]) if readable else np.empty(0, np.uint8)
-    skipped = [result for result in results if isinstance(result, str)]
-    return _kept(images, torch.from_numpy(pixels), readable, skipped)
+    pixels, count, unreadable = np.empty(shape, np.uint8), 0, {}
+    for i, picture in enumerate(_decoded(images)):
+        if isinstance(picture, str):
+            unreadable[i] = picture
+        else:
+            pixels[count] = picture
+            count += 1
+    return _kept(images, torch.from_numpy(pixels[:count]), unreadable)
 
 
 def _decoded(images: Images) -> Iterator[np.ndarray | str]:
@@ -409,6 +364,7 @@ def _decoded(images: Images) -> Iterator[np.ndarray | str]:
         except UnreadableImage as error:
             return str(error)
 
+    title = cli.shown(images.name)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # In pieces, so that a slow reader of this stream does not make all pictures wait in memory.
         parts = (
@@ -416,25 +372,33 @@ def _decoded(images: Images) -> Iterator[np.ndarray | str]:
             for start in range(0, len(images), 512)
         )
         results = itertools.chain.from_iterable(parts)
-        yield from tqdm(results, images.name, len(images), unit=" pictures", leave=False, delay=1)
+        yield from tqdm(results, title, len(images), unit=" pictures", leave=False, delay=1)
 
 
-def _kept(images: Images, pixels: Tensor, readable: list[int], skipped: list[str]) -> Images:
+def _kept(images: Images, pixels: Tensor, unreadable: dict[int, str]) -> Images:
     """The data set of its readable pictures; says which ones were not."""
-    images.skipped = skipped
-    for sentence in skipped[:10]:
+    images.skipped = list(unreadable.values())
+    for sentence in images.skipped[:10]:
         print(f"skipped: {sentence}", file=sys.stderr)
-    if skipped:
+    if unreadable:
         print(
-            f"{len(skipped)} of {len(images)} pictures in {images.name} could not be read "
-            "and were skipped",
+            f"{len(unreadable)} of {len(images)} pictures in {cli.shown(images.name)} could not be "
+            "read and were skipped",
             file=sys.stderr,
         )
-    if not readable:
+    if len(unreadable) == len(images):
         raise ValueError(_unreadable(images))
-    images.pixels, whole = pixels, images.file
-    images.file = None if whole is None else lambda i: whole(readable[i])
-    images.count, images.read = len(readable), None
-    if images.labels is not None:
-        images.labels = images.labels[readable]
+    if unreadable:
+        mask = torch.ones(len(images), dtype=torch.bool)
+        mask[list(unreadable)] = False
+        left = mask.nonzero().flatten()
+        if images.labels is not None:
+            images.labels = images.labels[left]
+        if (whole := images.file) is not None:
+            images.file = lambda i: whole(int(left[i]))
+    if images.order:
+        without = f"{images.order} {list(unreadable)}" if unreadable else images.order
+        images.order = hashlib.sha256(without.encode()).hexdigest()
+    images.pixels, images.read = pixels, None
+    images.count -= len(unreadable)
     return images

@@ -58,8 +58,10 @@ def grid(trainer: Trainer, log: Log | None) -> None:
     path = trainer.folder / "samples" / f"step_{trainer.step:06d}.png"
 
     def draw() -> None:
-        plots.grid(sample(trainer, 16, averages), path)
-        log.image(trainer.step, path)
+        images = sample(trainer, 16, averages)
+        with log.spared("grids of samples"):
+            plots.grid(images, path)
+            log.image(trainer.step, path)
 
     trainer.processes.on_first(draw)
 

@@ -21,6 +21,7 @@ MD5 = {
 }
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 RENEW = "put a fresh copy in its place"
+LARGEST = 1 << 28  # bytes of an IDX file, unpacked; Fashion-MNIST's have 47 million at most
 CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
@@ -103,36 +104,57 @@ def read_idx(path: str | os.PathLike, dims: int) -> np.ndarray:
     Raises ValueError naming the file, what was found and what was expected.
     """
     path = Path(path)
-    data = bytearray()
-    damage = ""
+    data, header = bytearray(), 4 + 4 * dims
+    expected, damage = header, ""  # bytes: of the header; once that is read, of all
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            while chunk := file.read1(1 << 20):  # read() would lose what precedes the damage
+            # One more than expected tells a file that is too long, and a small gzip file that
+            # unpacks to gigabytes is not unpacked. read() would lose what precedes the damage.
+            while chunk := file.read1(min(1 << 20, expected + 1 - len(data))):
                 data += chunk
+                if expected == header and len(data) >= header:
+                    expected += _size(path, data, dims)
+                if len(data) > expected:
+                    break
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         damage = f" ({str(error).rstrip('.')})"
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read ({error.strerror or error}): check its permissions"
         ) from None
-    header = 4 + 4 * dims
     if len(data) < header:
         raise ValueError(
             f"{path} is truncated: found {len(data)} bytes, expected a header of {header}{damage}; "
             f"{RENEW}"
         )
-    magic, expected = int.from_bytes(data[:4], "big"), 0x0800 + dims
-    if magic != expected:
+    shape = _shape(data, dims)
+    of = " × ".join(map(str, shape))
+    if len(data) > expected:
+        raise ValueError(f"{path} is too long: expected {expected} bytes for {of}; {RENEW}")
+    if len(data) < expected or damage:
+        fault = "is truncated" if len(data) < expected else "is damaged"
+        raise ValueError(
+            f"{path} {fault}: found {len(data)} bytes, expected {expected} for {of}{damage}; "
+            f"{RENEW}"
+        )
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+def _shape(data: bytearray, dims: int) -> list[int]:
+    return [int.from_bytes(data[4 * i : 4 * i + 4], "big") for i in range(1, dims + 1)]
+
+
+def _size(path: Path, data: bytearray, dims: int) -> int:
+    """Bytes behind the header. Raises ValueError for another kind of file, or a huge one."""
+    magic, known = int.from_bytes(data[:4], "big"), 0x0800 + dims
+    if magic != known:
         raise ValueError(
             f"{path} is not an IDX file of {dims}-dimensional bytes: "
-            f"found magic number 0x{magic:08x}, expected 0x{expected:08x}; {RENEW}"
+            f"found magic number 0x{magic:08x}, expected 0x{known:08x}; {RENEW}"
         )
-    shape = [int.from_bytes(data[4 * i : 4 * i + 4], "big") for i in range(1, dims + 1)]
-    size = math.prod(shape)
-    if len(data) != header + size:
-        fault = "is truncated" if len(data) < header + size else "is too long"
+    size = math.prod(_shape(data, dims))
+    if size > LARGEST:
         raise ValueError(
-            f"{path} {fault}: found {len(data)} bytes, expected {header + size} for "
-            f"{' × '.join(map(str, shape))}{damage}; {RENEW}"
+            f"{path} announces {size} bytes, more than the {LARGEST} that are read; {RENEW}"
         )
-    return np.frombuffer(data, np.uint8, size, header).reshape(shape)
+    return size

@@ -99,5 +99,11 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename and os.fspath(path)  # the name that a user knows
+        if error.errno:  # a full disk names no file, a folder without permission the temporary one
+            error.filename = os.fspath(path)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -18,8 +18,8 @@ RUN_FILES = (
 # What --resume may change: how the run is carried out, not what it computes.
 RESUMABLE = {
     *("out", "resume", "data_dir", "steps", "device", "precision", "layout", "compile", "fsdp"),
-    *("log_every", "save_every", "keep_last"),
-    *("keep_every", "cache", "sample_every", "samples", "sample_steps", "tensorboard"),
+    *("log_every", "save_every", "keep_last", "keep_every", "cache", "changed_pictures"),
+    *("sample_every", "samples", "sample_steps", "tensorboard"),
 }
 
 
@@ -70,8 +70,33 @@ def saved_options(path: str | os.PathLike, kind: type) -> dict:
     _, info = checkpoint.read(path, prefix="none.", quiet=True)
     known = {field.name for field in dataclasses.fields(kind)}
     values = {k: v for k, v in info.get("train", {}).items() if k in known}
+    values.pop("changed_pictures", None)  # it was said of that time
     values["data_dir"] = Path(values["data_dir"]) if values.get("data_dir") else None
     return {**values, "out": file.parent, "resume": Path(path)}
+
+
+def check_pictures(config, images, info: dict) -> str:
+    """What to say where the data set is not the one that the run has seen; nothing where it is.
+
+    Raises ValueError, one sentence, unless --changed-pictures allows it: the order of the pictures
+    would be another one, and a saved run cannot be unsaved.
+    """
+    from . import cache
+
+    old, new = info.get("pictures"), cache.identity(images)
+    if not isinstance(old, dict) or old == new:  # checkpoints of before have none
+        return ""
+    if old.get("count") == new["count"]:
+        differ = f"as many pictures as it had, {new['count']}, but not the same"
+    else:
+        differ = f"{new['count']} pictures, but the run has seen {old.get('count')}"
+    changed = f"{config.dataset} has {differ} (or unreadable ones are new)"
+    if config.changed_pictures:
+        return f"{changed}: from here on the run is another one than it would have been"
+    raise ValueError(
+        f"{changed}: give --dataset with the pictures of before, or --changed-pictures to go on "
+        "with these, in another order"
+    )
 
 
 def check_resume(config, saved) -> None:

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from . import cli, run_lock
-from .resume import check_branch, check_free, check_resume, is_folder, restarted, saved_options
+from .resume import (
+    check_branch,
+    check_free,
+    check_pictures,
+    check_resume,
+    is_folder,
+    restarted,
+    saved_options,
+)
 
 PROG = "python -m engine.train"
 
@@ -36,6 +44,8 @@ class TrainConfig:
     """Folder of the run. It is made if need be; one that holds files of a run is refused."""
     resume: Annotated[Path | None, cli.left_out("start a new run", "RUN")] = None
     """Folder of a run to go on with, under its saved options; --steps may be raised."""
+    changed_pictures: bool = False
+    """With --resume: go on although the data set has more, fewer or other pictures than before."""
     data_dir: Annotated[
         Path | None, cli.left_out("Debian's dataset-fashion-mnist, or download")
     ] = None
@@ -270,6 +280,7 @@ def carry_out(config: TrainConfig, processes, stack: contextlib.ExitStack) -> Pa
             f"{config.dataset} has the classes {', '.join(images.classes)}, but {folder} was "
             f"trained with {', '.join(info.get('classes', []))}: give --dataset with these folders"
         )
+    changed = check_pictures(config, images, info) if info is not None else ""
     device = str(processes.device)
     execution = choose(device, config.precision, config.layout, config.compile)
     device, chosen = execution.device, describe(model, execution)
@@ -290,6 +301,8 @@ def carry_out(config: TrainConfig, processes, stack: contextlib.ExitStack) -> Pa
     if info is not None:
         trainer.restore(tensors, info)
     tensors.clear()
+    if changed:
+        trainer.say(changed)
     trainer.say(
         f"{chosen}; {config.steps} steps of {config.batch} images, "
         f"from {len(images)} of {channels}×{size}×{size}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import checkpoint, data, drawing
+from . import cache, checkpoint, data, drawing
 from .distributed import Processes
 from .execution import Execution, choose
 from .guard import STREAK, Diverged, Guard, event_row, not_finite
@@ -72,6 +72,7 @@ class Trainer:
         self.t_sampler = LossAwareSampler(diffusion.T) if loss_aware else None
         self.drawn: list[tuple[Tensor, Tensor]] = []  # t and loss of this step's images, for it
         self.guard = Guard(self.device, self.execution.precision, self.say)
+        self.pictures = cache.identity(images)  # for --resume to know them again
         model.drops_labels = False  # `loss` does, for all processes
         self.signals: Signals | None = None
         self.stop = 0  # the signal that ends the run after this step, on whichever process it came
@@ -239,6 +240,7 @@ class Trainer:
             "step": self.step,
             "skipped": self.guard.skipped,
             "unit": self.images.unit,
+            "pictures": self.pictures,
         }
         if job() is not None:
             info["job"] = job()  # torchrun's: should it start again, the run goes on

@@ -9,6 +9,7 @@ import threading
 import types
 
 import numpy as np
+import picture_files
 import pytest
 import torch
 from PIL import Image
@@ -65,7 +66,7 @@ def test_plain_files_serve_too(fashion):
         ),
         (lambda raw: gzip.compress(raw[:5000]), "truncated: found 5000 bytes, expected 15696"),
         (lambda raw: gzip.compress(raw[:7]), "truncated: found 7 bytes, expected a header of 16"),
-        (lambda raw: gzip.compress(raw + b"x"), "too long: found 15697 bytes, expected 15696"),
+        (lambda raw: gzip.compress(raw + b"x"), "too long: expected 15696 bytes for 20 × 28 × 28"),
         (lambda raw: gzip.compress(b"\0\0\x08\1" + raw[4:]), "found magic number 0x00000801"),
         (lambda raw: b"not gzip", "truncated: found 0 bytes.*Not a gzipped file"),
     ],
@@ -253,9 +254,7 @@ def test_empty_or_unreadable_folder(tmp_path):
     with pytest.raises(ValueError, match=r"found 1 other file\(s\) \(\.txt\), expected"):
         data.open_dataset(str(tmp_path))
     (tmp_path / "a.png").write_bytes(b"")
-    sentence = (
-        r"none of the 1 pictures can be read \(the first: .*a\.png: cannot identify image file\)"
-    )
+    sentence = r"none of the 1 pictures can be read \(the first: .*a\.png: it is empty, 0 bytes\)"
     with pytest.raises(ValueError, match=sentence):
         data.open_dataset(str(tmp_path))
 
@@ -327,4 +326,50 @@ def test_hugging_face_names(monkeypatch):
     monkeypatch.setattr(Table, "features", {"img": picture_kind()})
     monkeypatch.setattr(Table, "__len__", lambda self: 0)
     with pytest.raises(ValueError, match="has no rows"):
+        data.open_dataset("someone/pictures")
+
+
+def test_hugging_face_rows_of_any_kind(monkeypatch, capsys):
+    """None, bytes, an undecoded file, a number, a row that the library cannot decode; labels of no
+    class."""
+    picture_kind, label_kind = type("Image", (), {}), type("ClassLabel", (), {"names": ["a", "b"]})
+    file = picture_files.encoded(Image.new("RGB", (9, 9), (70, 0, 0)), "PNG")
+    cells = [None, file, {"bytes": file, "path": None}, 7, KeyError("x"), file[:40], {"path": "x"}]
+    labels = [0, 1, 1, 0, 1, 0, 1]
+
+    class Table:
+        features = {"img": picture_kind(), "label": label_kind()}  # noqa: RUF012
+
+        def __len__(self):
+            return len(cells)
+
+        def __getitem__(self, key):
+            if key == "label":
+                return labels
+            if isinstance(cells[key], Exception):
+                raise cells[key]
+            return {"img": cells[key]}
+
+    stand_in = types.SimpleNamespace(load_dataset=lambda name, split: Table())
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    images = data.open_dataset("someone/pictures", size=4, channels=3, labels=True)
+    assert images.pixels[:, 0, 0, 0].tolist() == [70, 70] and images.labels.tolist() == [1, 1]
+    said = capsys.readouterr().err
+    for row, why in (
+        (0, "it has no picture"),
+        (3, "it has no picture, but a value of type int"),
+        (5, "it is none of"),
+    ):
+        assert f"skipped: someone/pictures row {row}: {why}" in said
+    assert "row 4: it is damaged (KeyError: 'x')" in said and "5 of 7 pictures" in said
+    for wrong in (-1, None, 2, "a"):
+        labels[2] = wrong
+        with pytest.raises(
+            ValueError, match=r"row 2 of .* has the label .*, expected 0 … 1: leave"
+        ):
+            data.open_dataset("someone/pictures", labels=True)
+        assert data.open_dataset("someone/pictures").labels is None
+    assert "its labels are left out" in capsys.readouterr().err
+    monkeypatch.setattr(Table, "features", None)
+    with pytest.raises(ValueError, match="no column of images, only none at all"):
         data.open_dataset("someone/pictures")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import data, decoded
+from engine import data, decoded, decoding
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_decoded_pictures_are_kept_and_mapped(folder, tmp_path, monkeypatch, cap
     first = opened(folder, cache=cache)
     assert capsys.readouterr().err == said and "2.png" in said
     reads = []
-    monkeypatch.setattr(data, "to_array", lambda *args: reads.append(args))
+    monkeypatch.setattr(decoding, "to_array", lambda *args: reads.append(args))
     again = opened(folder, cache=cache, memory_limit=0)  # whatever the memory
     assert not reads and capsys.readouterr().err == said
     for images in (first, again):
@@ -102,10 +102,10 @@ def test_an_interrupted_or_impossible_entry(folder, tmp_path, monkeypatch, capsy
     cache = tmp_path / "cache"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
 
-        def interrupt(picture, size, channels):
+        def interrupt(*args):
             raise KeyboardInterrupt
 
-        patch.setattr(data, "to_array", interrupt)
+        patch.setattr(decoding, "to_array", interrupt)
         opened(folder, cache=cache)
     assert not list(cache.iterdir())
     (tmp_path / "file").write_text("")
