@@ -283,6 +283,19 @@ def test_hostile_metadata_with_right_checksums_is_refused_or_harmless(original):
     check()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_res_blocks": 10**9}, {"channel_mult": [1] * 10**5}, {"model_channels": 10**6}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_an_endless_model_is_never_begun(original, changes):
+    folder, _, (tensors, info) = original
+    file = folder / "endless.safetensors"
+    checkpoint.save(file, tensors, {**info, "model": info["model"] | changes})
+    with pytest.raises(CheckpointError, match=r"has .* blocks, and|do not belong|size mismatch"):
+        engine.load(file)
+
+
 def test_tensors_of_other_shapes_do_not_fit(original):
     folder, _, (tensors, info) = original
     for name in ("model.conv_in.weight", "ema.conv_in.weight", "ema.norm_out.bias"):
@@ -374,7 +387,6 @@ def test_odd_things_in_the_place_of_weights(foreign):
         "sparse": torch.eye(3).to_sparse(),
         "complex": torch.zeros(state[name].shape, dtype=torch.complex64),
         "meta": torch.empty(state[name].shape, device="meta"),
-        "endless": torch.zeros(1).expand(2**40),
         "scalar": torch.zeros(()),
         "empty": torch.zeros(0),
         "text": "weights",
@@ -404,6 +416,15 @@ def test_odd_things_in_the_place_of_weights(foreign):
         with pytest.raises(CheckpointError) as error:
             kinds["openai.npz"](folder / "odd.npz")
         one_sentence(error.value)
+
+
+def test_a_tensor_that_is_larger_than_its_file_is_refused(foreign):
+    """Rearranging its channels would make a copy of the size that it claims."""
+    folder, state, kinds = foreign
+    name = next(name for name in state if name.endswith("qkv.weight"))
+    torch.save({**state, name: torch.zeros(1).expand(3 * 2**22, 32, 1)}, folder / "large.pt")
+    with pytest.raises(CheckpointError, match=r"of shape .* that repeats fewer numbers"):
+        kinds["openai.pt"](folder / "large.pt")
 
 
 # --- pickle -------------------------------------------------------------------------------------
