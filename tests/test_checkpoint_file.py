@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_checkpoint import content
+from test_checkpoint import SMALL, content
 
 import engine
 from engine import cache, checkpoint, checkpoint_file, train
@@ -240,6 +240,18 @@ def test_a_first_checkpoint_that_cannot_be_written(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(Unsaved, match="nowhere: No such file or directory"):
         checkpoint.save(tmp_path / "nowhere" / checkpoint.FILE, BIG, INFO)
+
+
+def test_a_folder_of_diffusers_that_cannot_be_written(tmp_path):
+    model = engine.UNet(**SMALL)
+    with (
+        largest_file(1000),
+        pytest.raises(Unsaved, match=f"cannot be written in {tmp_path}: .*oo l"),
+    ):
+        checkpoint.save_diffusers(model, tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(Unsaved, match="file: File exists"):
+        checkpoint.save_diffusers(model, tmp_path / "file")
 
 
 def test_training_on_a_full_disk_ends_with_a_sentence(work, capsys):
