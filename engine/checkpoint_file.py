@@ -18,13 +18,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 FORMAT = 2
+THREADED = 2**16  # bytes of a tensor from which on a thread is worth its while
 KEY = "diffusion_engine"
 SUM = "diffusion_engine.sha256"
 ADVICE = "use another checkpoint, or train again with another --out"
@@ -107,13 +108,12 @@ def _fill(file, tensors: dict[str, Tensor], info: dict) -> None:
     names = sorted(tensors, key=lambda name: -tensors[name].element_size())  # so all are aligned
     sums = dict.fromkeys(names, "0" * 64)
     file.seek(len(_header(names, tensors, sums, info)))
-    with ThreadPoolExecutor(_workers()) as pool:
-        found = []
+    with Sums() as found:
         for name in names:
             value = tensors[name].detach().cpu().contiguous()
-            found.append(pool.submit(digest, name, value))
+            found.add(name, value)
             file.write(_bytes(value))
-        sums = dict(zip(names, (each.result() for each in found), strict=True))
+        sums = found.all()
     file.seek(0)
     file.write(_header(names, tensors, sums, info))
 
@@ -132,6 +132,25 @@ def _header(names: list[str], tensors: dict[str, Tensor], sums: dict, info: dict
     return len(encoded).to_bytes(8, "little") + encoded
 
 
+class Sums:
+    """The digests of tensors, of large ones on threads, while the caller reads or writes."""
+
+    def __enter__(self) -> Sums:
+        self.pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        self.found: dict[str, str | Future] = {}
+        return self
+
+    def add(self, name: str, value: Tensor) -> None:
+        large = value.numel() * value.element_size() > THREADED
+        self.found[name] = self.pool.submit(digest, name, value) if large else digest(name, value)
+
+    def all(self) -> dict[str, str]:
+        return {k: v if isinstance(v, str) else v.result() for k, v in self.found.items()}
+
+    def __exit__(self, *exception) -> None:
+        self.pool.shutdown()
+
+
 def digest(name: str, value: Tensor) -> str:
     """SHA-256, in hexadecimal, of a tensor's name, dtype, shape and bytes."""
     what = [name, str(value.dtype).removeprefix("torch."), list(value.shape)]
@@ -142,10 +161,6 @@ def digest(name: str, value: Tensor) -> str:
 
 def _bytes(value: Tensor):
     return value.reshape(-1).view(torch.uint8).numpy()
-
-
-def _workers() -> int:
-    return min(8, os.cpu_count() or 1)
 
 
 def _remove(place: Path) -> None:
@@ -240,9 +255,10 @@ def _info(path: Path, names: list[str], metadata: dict) -> tuple[dict, dict | No
 
 
 def _check(path: Path, tensors: dict[str, Tensor], sums: dict[str, str]) -> None:
-    with ThreadPoolExecutor(_workers()) as pool:
-        found = pool.map(digest, tensors, tensors.values())
-        wrong = [name for name, sum in zip(tensors, found, strict=True) if sum != sums[name]]
+    with Sums() as found:
+        for name, value in tensors.items():
+            found.add(name, value)
+        wrong = [name for name, its in found.all().items() if its != sums[name]]
     if wrong:
         more = f" and {len(wrong) - 1} more tensors" if wrong[1:] else ""
         raise Damaged(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import diffusers_config, layouts
-from .checkpoint_file import CheckpointError
+from .checkpoint_file import CheckpointError, Unsaved
 from .classifier import Classifier
 from .cli import neighbour
 from .presets import QKV_ORDER
@@ -177,8 +177,9 @@ def save_diffusers(model: UNet, folder: str | os.PathLike) -> None:
 
     diffusers' UNet2DModel.from_pretrained(folder) computes the same, a null label being one more
     class there; load_diffusers knows it again. Raises CheckpointError (a ValueError), one sentence
-    that names what UNet2DModel cannot express.
+    that names what UNet2DModel cannot express, and Unsaved, an OSError, where it cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
@@ -192,9 +193,13 @@ def save_diffusers(model: UNet, folder: str | os.PathLike) -> None:
         for name, value in zip(theirs, weights[ours].chunk(len(theirs)), strict=True):
             tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Unsaved(f"the model cannot be written in {folder}: {reason}") from error
 
 
 # --- files --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_checkpoint import content
+from test_checkpoint import SMALL, content
 
 import engine
 from engine import cache, checkpoint, checkpoint_file, train
@@ -114,7 +114,7 @@ def test_a_checkpoint_without_all_its_checksums_is_none(file):
 def test_format_1_is_read_and_written_anew_as_2(file):
     tensors, info = content(0.25)
     text = json.dumps({"format": 1, **info})
-    save_file(tensors, file, {KEY: text})  # as the first format was written
+    save_file({k: v.contiguous() for k, v in tensors.items()}, file, {KEY: text})  # as it was
     found, old = checkpoint.read(file)
     assert old == json.loads(text) | {"format": 2}
     assert all(torch.equal(found[name], value) for name, value in tensors.items())
@@ -240,6 +240,18 @@ def test_a_first_checkpoint_that_cannot_be_written(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(Unsaved, match="nowhere: No such file or directory"):
         checkpoint.save(tmp_path / "nowhere" / checkpoint.FILE, BIG, INFO)
+
+
+def test_a_folder_of_diffusers_that_cannot_be_written(tmp_path):
+    model = engine.UNet(**SMALL)
+    with (
+        largest_file(1000),
+        pytest.raises(Unsaved, match=f"cannot be written in {tmp_path}: .*oo l"),
+    ):
+        checkpoint.save_diffusers(model, tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(Unsaved, match="file: File exists"):
+        checkpoint.save_diffusers(model, tmp_path / "file")
 
 
 def test_training_on_a_full_disk_ends_with_a_sentence(work, capsys):
