@@ -244,6 +244,7 @@ def forecast(study, cells) -> list[str]:
 
 def command(args: Sequence[str] | None) -> None:
     config = cli.parse(AblateConfig, PROG, args)
+    cli.alone(PROG)
     table = ablate(config)
     if table is not None:
         print(table.read_text())

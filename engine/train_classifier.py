@@ -321,6 +321,7 @@ def resumed(config: ClassifierConfig, args: Sequence[str] | None) -> ClassifierC
 
 def command(args: Sequence[str] | None) -> None:
     config = cli.parse(ClassifierConfig, PROG, args)
+    cli.alone(PROG)
     if config.resume is not None:
         config = resumed(config, args)
     run = train(config)
