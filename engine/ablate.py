@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from . import cli
+from . import cli, run_lock
 
 PROG = "python -m engine.ablate"
 SCHEDULES = ("linear", "linear_unscaled", "cosine", "quadratic", "sigmoid")
@@ -119,12 +119,20 @@ def ablate(config: AblateConfig, scorer: Callable | None = None) -> Path | None:
         print("\n".join(forecast(study, cells)))
         return None
     cli.make_writable(config.out, "--out")
+    with run_lock.held(config.out):
+        return carry_out(study, cells, config, test, device)
+
+
+def carry_out(study, cells: list, config: AblateConfig, test, device) -> Path:
+    """Trains, samples, scores and publishes what is left of the cells."""
+    from . import ablation
+
     baseline = None
-    if scorer is None:
+    if study.scorer is None:
         if config.cache is not None:
             cli.make_writable(config.cache, "--cache")
         study.scorer, study.scorer_name, baseline = ablation.domain_scorer(
-            images, test, protocol.splits, device, config.cache
+            study.images, test, study.protocol.splits, device, config.cache
         )
     real = real_scores(study, baseline)
     records: list[dict] = []

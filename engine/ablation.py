@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checkpoint, data, resume, train
+from . import checkpoint, data, resume, run_lock, train
 from .device import autocast, choose_device, choose_precision
 from .diffusion import Diffusion
 from .samplers import sample
-from .trainer import Stopped, Trainer
+from .signals import Stopped
+from .trainer import Trainer
 from .unet import UNet
 
 BATCH = 100  # samples drawn at a time
@@ -215,10 +216,10 @@ def write(path: Path, text: str) -> None:
 def trainer(study: Study, cell: Cell) -> Trainer:
     """The cell's run as its folder has it, or a new one. Nothing is written."""
     config, folder = study.train_config(cell), study.folder_of(cell)
-    file, tensors, info = folder / checkpoint.FILE, {}, None
-    if file.exists():
+    tensors, info = {}, None
+    if folder.is_dir() and checkpoint.files(folder):
         resume.check_resume(config, train.saved_config(folder))
-        tensors, info = checkpoint.read(file)
+        file, tensors, info = checkpoint.newest(folder)
         model, diffusion = checkpoint.build(tensors, info, "model", file)
     else:
         torch.manual_seed(cell.seed)
@@ -231,6 +232,13 @@ def trainer(study: Study, cell: Cell) -> Trainer:
 
 
 def trained(study: Study, cell: Cell) -> None:
+    folder = study.folder_of(cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    with run_lock.held(folder):  # engine.train could go on with it at the same time
+        _trained(study, cell)
+
+
+def _trained(study: Study, cell: Cell) -> None:
     loop = trainer(study, cell)
     if loop.step == loop.config.steps:
         return
@@ -239,7 +247,6 @@ def trained(study: Study, cell: Cell) -> None:
             f"{loop.folder} was trained for {loop.step} steps, not {loop.config.steps}: give the "
             "--steps of then, or another --out"
         )
-    loop.folder.mkdir(parents=True, exist_ok=True)
     try:
         loop.run()
     except Stopped as stop:

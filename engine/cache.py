@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checkpoint, data
+from . import checkpoint_file, data
 
 
 def folder(given: str | os.PathLike | None = None) -> Path:
@@ -37,17 +37,13 @@ def fingerprint(images: data.Images) -> str:
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict] | None:
     """Tensors and info of a file that `store` wrote; None if it is not there or not whole."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt") as opened:
-            info = json.loads((opened.metadata() or {})[checkpoint.KEY])
-            return {k: opened.get_tensor(k) for k in opened.keys()}, info  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError):
+        return checkpoint_file.read(path) if path.is_file() else None
+    except checkpoint_file.CheckpointError:
         return None  # it is made anew
 
 
 def store(path: Path, tensors: dict[str, Tensor], info: dict) -> None:
     """Writes the file atomically. Raises OSError where that cannot be done."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(path, tensors, info)
+    checkpoint_file.write(path, tensors, info)

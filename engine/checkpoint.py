@@ -1,26 +1,27 @@
 """Checkpoints: one safetensors file with all that training needs to go on and sampling to start.
 
 Tensors: `model.*` weights, `ema.*` their moving average, `optimizer.<state>.<parameter>`,
-`diffusion.betas`. Metadata: one JSON text under the key `diffusion_engine`. No pickle, so a foreign
-file can do no harm.
+`diffusion.betas`. engine/checkpoint_file.py tells what the file is: checksums, no pickle. A run's
+folder keeps the last few: FILE is the newest, those before it are checkpoint.step_<step>.…; where
+the newest is damaged, who reads the folder gets the newest that is whole.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
-import shutil
+import re
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import checkpoint_file
+from .checkpoint_file import ADVICE, CheckpointError, Damaged, Unsaved
 from .cli import neighbour
 from .device import usable_device
 from .foreign import (
-    CheckpointError,
     load_ddpm_tf,
     load_diffusers,
     load_openai,
@@ -28,116 +29,151 @@ from .foreign import (
     save_diffusers,
 )
 
-__all__ = ["CheckpointError", "build", "find", "load", "load_classifier", "part", "read", "save"]
+__all__ = ["CheckpointError", "Damaged", "Unsaved", "build", "find", "load", "load_classifier"]
+__all__ += ["newest", "part", "read", "save"]
 # Other projects':
 __all__ += ["load_ddpm_tf", "load_diffusers", "load_openai", "load_openai_classifier"]
 __all__ += ["save_diffusers"]
 
 FILE = "checkpoint.safetensors"  # in the run's folder
-FORMAT = 1
-KEY = "diffusion_engine"
 REQUIRED = {"model": dict, "diffusion": dict, "train": dict, "step": int, "skipped": int}
-ADVICE = "use another checkpoint, or train again with another --out"
+
+
+# --- which file ---------------------------------------------------------------------------------
 
 
 def find(path: str | os.PathLike) -> Path:
-    """The checkpoint of a run's folder, or the file itself. CheckpointError if there is none."""
+    """The newest checkpoint of a run's folder, damaged or not, or the file itself.
+
+    Raises CheckpointError if there is none.
+    """
     path = Path(path).expanduser()
-    file = path / FILE if path.is_dir() else path
-    if not file.is_file():
+    if path.is_dir():
+        file = next(iter(files(path)), None)
+        if file is not None:
+            return file
+        inside = sorted(str(found.parent) for found in path.glob(f"*/{FILE}"))
+        runs = f"; there are runs in {', '.join(inside[:5])}" if inside else ""
+        raise CheckpointError(f"no checkpoint at {path}: the folder has no {FILE}{runs}")
+    if not path.is_file():
         hint = f"there is no such file or folder{neighbour(path)}"
-        if path.is_dir():
-            inside = sorted(str(found.parent) for found in path.glob(f"*/{FILE}"))
-            runs = f"; there are runs in {', '.join(inside[:5])}" if inside else ""
-            hint = f"the folder has no {FILE}{runs}"
         raise CheckpointError(f"no checkpoint at {path}: {hint}")
-    return file
+    return path
 
 
-def save(path: str | os.PathLike, tensors: dict[str, Tensor], info: dict) -> None:
+def files(folder: Path) -> list[Path]:
+    """The checkpoints of a run's folder, the newest first."""
+    last = folder / FILE
+    older = [file for _, file in _kept(last)]
+    return [last, *older] if last.is_file() else older
+
+
+def _kept(path: Path) -> list[tuple[int, Path]]:
+    """Step and file of the checkpoints before `path`, the newest first."""
+    name = re.compile(rf"{re.escape(path.stem)}\.step_(\d{{6,18}}){re.escape(path.suffix)}")
+    matches = [name.fullmatch(entry) for entry in os.listdir(path.parent)]
+    return sorted(((int(m[1]), path.with_name(m[0])) for m in matches if m), reverse=True)
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def save(
+    path: str | os.PathLike, tensors: dict[str, Tensor], info: dict, keep_last: int | None = None
+) -> None:
     """Writes the file atomically: after a crash, the old or the new one is there, whole.
 
-    What a killed process was writing lies in FILE.tmp, a folder; the next save removes it.
-    """
-    from safetensors.torch import save_file
+    keep_last  how many checkpoints to keep, this one included: the one that had the name is kept
+               as checkpoint.step_<step>.safetensors, and the oldest goes, when the new one is on
+               the disk. None: the others stay as they are.
 
+    Raises Unsaved, an OSError of one sentence, where that cannot be done.
+    """
     path = Path(path)
-    metadata = {KEY: json.dumps({"format": FORMAT, **info})}
-    # Same disk: os.replace must not cross disks. A folder: safetensors writes under a name that it
-    # makes up, and renames.
-    place = path.with_name(path.name + ".tmp")
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network disks have no locks
-            fcntl.flock(folder, fcntl.LOCK_EX)  # until it is closed: `place` may be another's
-        _remove(place)
-        place.mkdir(exist_ok=True)
-        temporary = place / path.name
-        try:
-            save_file(
-                {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata
-            )
-            with open(temporary, "rb+") as file:
-                os.fchmod(file.fileno(), 0o666 & ~_umask())  # safetensors makes it the user's own
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            _remove(place)
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
+    if keep_last is None:
+        checkpoint_file.write(path, tensors, info)
+        return
+    step = info["step"]
+    checkpoint_file.write(path, tensors, info, lambda: _keep(path, step) if keep_last > 1 else None)
+    # Of a later step: what a run left that has since gone back to an older checkpoint.
+    others = [(number, file) for number, file in _kept(path) if number < step]
+    stay = {file for _, file in others[: keep_last - 1]}
+    for _, file in _kept(path):
+        if file not in stay:
+            with contextlib.suppress(OSError):  # it costs room, and no more
+                file.unlink()
 
 
-def _remove(place: Path) -> None:
-    """Removes a folder with all that is in it, or a file; a folder only as far as that is allowed,
-    for it does not stand in the way."""
-    if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place, ignore_errors=True)
-    else:
-        place.unlink(missing_ok=True)
+def _keep(path: Path, step: int) -> None:
+    """Gives the file a second name, by its step; not one that is damaged or not older than `step`.
 
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def read(path: str | os.PathLike, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
-    """Tensors whose names start with `prefix`, on the CPU, and the file's info.
-
-    Raises CheckpointError for an unreadable, truncated or foreign file, or one of a newer format.
+    `path` is there all the time; only on disks without hard links is it gone until the new file
+    takes the name, and `files` knows the second name too.
     """
-    from safetensors import SafetensorError, safe_open
-
-    file = find(path)
+    old = step_of(path)
+    if old is None or old >= step:
+        return
+    kept = path.with_name(f"{path.stem}.step_{old:06d}{path.suffix}")
+    kept.unlink(missing_ok=True)
     try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            if KEY not in metadata:
-                raise CheckpointError(
-                    f"{file} is a safetensors file, but not a checkpoint of this engine "
-                    f"(no {KEY!r} in its metadata)"
-                )
-            info = json.loads(metadata[KEY])
-            if not isinstance(info, dict):
-                raise CheckpointError(f"{file} has metadata that is no JSON object: {ADVICE}")
-            if info.get("format") != FORMAT:
-                raise CheckpointError(
-                    f"{file} has checkpoint format {info.get('format')}, "
-                    f"this engine reads format {FORMAT}"
-                )
-            for key, kind in REQUIRED.items():
-                if not isinstance(info.get(key), kind):
-                    raise CheckpointError(f"{file} has no {key!r} in its metadata: {ADVICE}")
-            return {k: opened.get_tensor(k) for k in opened.keys() if k.startswith(prefix)}, info  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{file} is not a readable checkpoint ({file.stat().st_size} bytes; truncated, damaged "
-            f"or of another kind): {error}; {ADVICE}"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+        os.link(path, kept)
+    except OSError:
+        os.rename(path, kept)
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint; None where there is none or its metadata is damaged."""
+    try:
+        return read(path, prefix="none.")[1]["step"] if path.is_file() else None
+    except CheckpointError:
+        return None
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def read(
+    path: str | os.PathLike, prefix: str = "", quiet: bool = False
+) -> tuple[dict[str, Tensor], dict]:
+    """Tensors whose names start with `prefix`, on the CPU, and the info of a checkpoint.
+
+    `path` as in `newest`. Raises CheckpointError for an unreadable, damaged or foreign file, or one
+    of a newer format.
+    """
+    return newest(path, prefix, quiet)[1:]
+
+
+def newest(
+    path: str | os.PathLike, prefix: str = "", quiet: bool = False
+) -> tuple[Path, dict[str, Tensor], dict]:
+    """The file that `path` stands for, its tensors under `prefix` and its info, checked.
+
+    A file stands for itself. A folder stands for its newest checkpoint that is whole; where that is
+    not the newest, a sentence on stderr says so, unless `quiet`. Raises as `read`.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return _checked(find(path), prefix)
+    choice, first = files(path) or [find(path)], None
+    for file in choice:
+        try:
+            found = _checked(file, prefix)
+        except Damaged as error:
+            first = first or error
+            continue
+        if file.name != FILE and not quiet:
+            why = str(first or f"{path} has no {FILE}").split(ADVICE)[0].rstrip(":; ")
+            print(f"{why}: {file.name} is used in its place", file=sys.stderr)
+        return found
+    raise first
+
+
+def _checked(file: Path, prefix: str) -> tuple[Path, dict[str, Tensor], dict]:
+    tensors, info = checkpoint_file.read(file, prefix)
+    for key, kind in REQUIRED.items():
+        if not isinstance(info.get(key), kind) or (kind is int and info[key] < 0):
+            raise CheckpointError(f"{file} has no {key!r} in its metadata: {ADVICE}")
+    return file, tensors, info
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -153,18 +189,38 @@ def build(tensors: dict[str, Tensor], info: dict, weights: str, file: Path):
     if info.get("kind") == "classifier":
         raise CheckpointError(f"{file} is a classifier's, expected a diffusion model's: {ADVICE}")
     try:
-        model = UNet(**info["model"])
-        for name in ("model", "ema"):
-            if part(tensors, f"{name}.").keys() != model.state_dict().keys():
-                raise ValueError(f"its {name} weights do not belong to its model")
-        model.load_state_dict(part(tensors, f"{weights}."))
+        model = _filled(UNet, info["model"], tensors, weights, ("model", "ema"))
         diffusion = Diffusion(tensors["diffusion.betas"], **info["diffusion"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # whatever options of a wrong kind lead to
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(
             f"{file} does not describe a model of this engine: {reason}; {ADVICE}"
         ) from None
     return model, diffusion
+
+
+def _filled(kind: type, options: dict, tensors: dict, weights: str, parts: tuple[str, ...]):
+    """The model of `options` with the tensors under `weights`. Nothing of its size is made before
+    it is known that the tensors under each of `parts` are its own. Raises ValueError and others."""
+    blocks = len(options.get("channel_mult", ())) * int(options.get("num_res_blocks", 1))
+    if blocks > len(tensors):
+        raise ValueError(f"its model has {blocks} blocks, and the file {len(tensors)} tensors")
+    with torch.device("meta"):
+        model = kind(**options)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name in parts:
+        found = {key: tuple(value.shape) for key, value in part(tensors, f"{name}.").items()}
+        if found.keys() != expected.keys():
+            raise ValueError(f"its {name} weights do not belong to its model")
+        for key, shape in found.items():
+            if shape != expected[key]:
+                raise ValueError(
+                    f"size mismatch for {name}.{key}: {shape} in the file, {expected[key]} in its "
+                    "model"
+                )
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(part(tensors, f"{weights}."))
+    return model
 
 
 def load(path: str | os.PathLike, *, device: str | torch.device = "cpu"):
@@ -172,16 +228,16 @@ def load(path: str | os.PathLike, *, device: str | torch.device = "cpu"):
 
     `path` is the run's folder or its checkpoint file. The model has its EMA weights, frozen
     (`model.requires_grad_()` to train them), and is in eval mode; `config` is the checkpoint's
-    info: "model", "diffusion", "train" (dicts), "step", "classes" (names).
+    info: "model", "diffusion", "train" (dicts), "step", "classes" (names), and "file", its path:
+    not the newest's where that is damaged, as in `newest`.
     Raises CheckpointError (a ValueError), one sentence, when the file is missing or unreadable, and
     ValueError when the device is not there.
     """
     device = usable_device(device)
-    file = find(path)
-    tensors, info = read(file)
+    file, tensors, info = newest(path)
     model, diffusion = build(tensors, info, "ema", file)
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return model, diffusion, info
+    return model, diffusion, {**info, "file": file}
 
 
 def check_range(info: dict, run: str | os.PathLike) -> None:
@@ -204,19 +260,17 @@ def load_classifier(path: str | os.PathLike, *, device: str | torch.device = "cp
     from .diffusion import Diffusion
 
     device = usable_device(device)
-    file = find(path)
-    tensors, info = read(file)
+    file, tensors, info = newest(path)
     if info.get("kind") != "classifier":
         raise CheckpointError(
             f"{file} is a diffusion model's, expected a classifier's: give the folder of a run of "
             "python -m engine.train_classifier"
         )
     try:
-        model = Classifier(**info["model"])
-        model.load_state_dict(part(tensors, "model."))
+        model = _filled(Classifier, info["model"], tensors, "model", ("model",))
         model.diffusion = Diffusion(tensors["diffusion.betas"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(
             f"{file} does not describe a classifier of this engine: {reason}; {ADVICE}"
         ) from None

@@ -48,7 +48,10 @@ def alone(prog: str) -> None:
     """Raises ValueError, one sentence, where torchrun has started several processes of a command
     that is for one."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError(f"{prog} is for one process: start it without torchrun")
+        raise ValueError(
+            f"{prog} runs in one process: start it without torchrun; engine.train, engine.sample "
+            "and engine.evaluate run in several"
+        )
 
 
 def parse_command(commands: dict[str, type], prog: str, args: Sequence[str] | None = None):
@@ -200,11 +203,11 @@ def tell(failure: str) -> None:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         print(failure, file=sys.stderr)
         return
-    from . import distributed  # late: it imports torch
+    from . import torchrun  # late: it imports torch
 
-    if distributed.speaks():
+    if torchrun.speaks():
         print(failure, file=sys.stderr, flush=True)
-        distributed.told()
+        torchrun.told()
 
 
 def expected(error: RuntimeError) -> bool:

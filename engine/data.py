@@ -49,6 +49,7 @@ class Images:
     classes: Sequence[str] = ()
     unit: bool = False  # batches in [0, 1] in place of [−1, 1]
     skipped: list[str] = field(default_factory=list)  # names of unreadable pictures
+    file: Callable[[int], str] | None = None  # name of picture i, in a folder
 
     def __len__(self) -> int:
         return self.count
@@ -141,10 +142,21 @@ def order(n: int, seed: int, start: int, count: int) -> Tensor:
 
 
 def batch(
-    images: Images, step: int, size: int, *, seed: int, flip: bool = False
+    images: Images,
+    step: int,
+    size: int,
+    *,
+    seed: int,
+    flip: bool = False,
+    part: Tensor | None = None,  # (n,) int64, positions in the batch; all of them unless given
 ) -> tuple[Tensor, Tensor | None]:
-    """Batch number `step` → x (size, C, H, W) float32 in [-1, 1], y (size,) int64 or None."""
+    """Batch number `step` → x (size, C, H, W) float32 in [-1, 1], y (size,) int64 or None.
+
+    With `part`, x and y have those n of the pictures alone, and no other one is decoded.
+    """
     indices = order(len(images), seed, step * size, size)
+    if part is not None:
+        indices = indices[part]
     if images.pixels is not None:
         pixels = images.pixels[indices]
     else:
@@ -152,6 +164,7 @@ def batch(
     x = pixels.float().div_(127.5).sub_(1.0)
     if flip:
         mirrored = torch.rand(size, generator=generator(seed, 1, step)) < 0.5
+        mirrored = mirrored if part is None else mirrored[part]
         x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
     if images.unit:
         x = x.add_(1.0).div_(2.0)
@@ -159,18 +172,25 @@ def batch(
 
 
 def batches(
-    images: Images, size: int, *, seed: int, flip: bool = False, start: int = 0
+    images: Images,
+    size: int,
+    *,
+    seed: int,
+    flip: bool = False,
+    start: int = 0,
+    part: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Batches number start, start+1, …; what must be decoded is decoded one batch ahead."""
     if images.pixels is not None:
         while True:
-            yield batch(images, start, size, seed=seed, flip=flip)
+            yield batch(images, start, size, seed=seed, flip=flip, part=part)
             start += 1
     with ThreadPoolExecutor(1) as ahead:
-        following = ahead.submit(batch, images, start, size, seed=seed, flip=flip)
+        given = {"seed": seed, "flip": flip, "part": part}
+        following = ahead.submit(batch, images, start, size, **given)
         while True:
             ready, start = following.result(), start + 1
-            following = ahead.submit(batch, images, start, size, seed=seed, flip=flip)
+            following = ahead.submit(batch, images, start, size, **given)
             yield ready
 
 
@@ -206,7 +226,10 @@ def subset(images: Images, indices: Tensor) -> Images:
     pixels = None if images.pixels is None else images.pixels[indices]
     read = None if images.read is None else lambda i: images.read(int(indices[i]))
     labels = None if images.labels is None else images.labels[indices]
-    return dataclasses.replace(images, count=len(indices), pixels=pixels, read=read, labels=labels)
+    file = None if images.file is None else lambda i: images.file(int(indices[i]))
+    return dataclasses.replace(
+        images, count=len(indices), pixels=pixels, read=read, labels=labels, file=file
+    )
 
 
 def _unreadable(images: Images) -> str:
@@ -279,6 +302,7 @@ def _folder(
     images = Images(
         str(folder), len(files), channels, size, read=read, labels=numbers, classes=classes
     )
+    images.file = lambda i: files[i].relative_to(folder).as_posix()
     if cache is not None:
         entry = decoded.Entry(cache, folder, files, size, channels)
         found = decoded.cached(entry, _decoded(images)) if entry.bytes >= decoded.SMALLEST else None
@@ -408,7 +432,8 @@ def _kept(images: Images, pixels: Tensor, readable: list[int], skipped: list[str
         )
     if not readable:
         raise ValueError(_unreadable(images))
-    images.pixels = pixels
+    images.pixels, whole = pixels, images.file
+    images.file = None if whole is None else lambda i: whole(readable[i])
     images.count, images.read = len(readable), None
     if images.labels is not None:
         images.labels = images.labels[readable]

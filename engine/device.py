@@ -6,6 +6,7 @@ import platform
 
 import torch
 
+NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKED = (torch.float32, torch.bfloat16)  # dtypes of weights in oneDNN's own layout
 
 
@@ -57,12 +58,12 @@ def _parse(name: str | torch.device) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """bf16 for "auto" where the device has arithmetic for it; elsewhere fp32 is faster.
+    """bf16 for "auto" where the device has arithmetic for it; elsewhere fp32 is faster. Never fp16.
 
     An x86 CPU has it with AVX512_BF16 or AMX; oneDNN emulates it with AVX-512 alone.
     """
     if name != "auto":
-        return torch.bfloat16 if name == "bf16" else torch.float32
+        return NAMES[name]
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -158,6 +158,7 @@ class Diffusion:
         y: Tensor | None = None,  # (N,) class labels
         key: int | Tensor | None = None,  # in place of noise: drawn in the kernels, never stored,
         step: int | Tensor = 0,  # as normals of (key, step, stream 2) of the noise contract
+        offset: int = 0,  # number of x0's first image in the whole batch that key and step draw for
         reduction: str = "mean",  # over the batch; "none" → (N,)
     ) -> Tensor:
         """The loss that the process was made with, a float32 scalar; the class tells them.
@@ -178,6 +179,7 @@ class Diffusion:
         _check_steps(t, x0.shape[0], self.T)
         draw = {"key": key, "step": step, "noise": noise}
         if key is not None:
+            draw["offset"] = offset * x0[:1].numel() if len(x0) else 0
             x_t = ops.forward_noise(x0, self._rows_on(x0.device), t, **draw)
         else:
             draw["noise"] = noise = torch.randn_like(x0) if noise is None else noise

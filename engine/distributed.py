@@ -13,7 +13,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
-import functools
 import itertools
 import json
 import os
@@ -25,9 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .device import choose_device, usable_device
+from .torchrun import NAMES, launched, restarts, speaks, store, wait_for_told
 
 TIMEOUT = 30 * 60  # seconds that one process waits for another: decoding a folder may take long
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Elsewhere(SystemExit):
@@ -89,6 +88,16 @@ class Processes:
         with _peers():
             dist.all_reduce(total)
         return total.to(values.device)
+
+    def stack(self, values: Tensor) -> Tensor:
+        """(*) of every process → (world, *) in order of rank, on each of them; equal shapes."""
+        if self.world == 1:
+            return values[None]
+        values = values.detach().contiguous()
+        parts = [torch.empty_like(values) for _ in range(self.world)]
+        with _peers():
+            dist.all_gather(parts, values)
+        return torch.stack(parts)
 
     def gather(self, values: Tensor) -> Tensor:
         """(n_rank, *) of every process → (Σ n_rank, *), in order of rank, on each of them.
@@ -165,6 +174,23 @@ class Processes:
         if failed:
             raise Elsewhere
 
+    def machine_by_machine(self, work: Callable[[], object]):
+        """work() of every process: first of one per machine, then, when these have done, of the
+        others, which find what the first ones put into files. A failure ends all processes."""
+        for turn in (True, False):
+            error = None
+            if (self.local_rank == 0) == turn:
+                try:
+                    result = work()
+                except Exception as caught:
+                    error = caught
+            done = self.gather_objects(error is None)
+            if error is not None:
+                raise error
+            if not all(done):
+                raise Elsewhere
+        return result
+
     def check_same(self, values: dict) -> None:
         """Raises ValueError, one sentence, on every process where `values` differ between them."""
         for rank, others in enumerate(self.gather_objects(values)):
@@ -217,10 +243,10 @@ def joined(device: str | None = None, *, timeout: float = TIMEOUT) -> Iterator[P
     try:
         yield processes
     except Elsewhere:
-        _wait_for_told()
+        wait_for_told()
         raise
     except BaseException as error:
-        if lost_peer(error):
+        if processes.world > 1 and lost_peer(error):
             raise _peer_failed(error) from error
         speaks()  # before the others notice that this process is gone
         raise  # the group is left when Python ends: the message comes first
@@ -244,7 +270,7 @@ def join(device: str | None = None, *, timeout: float = TIMEOUT) -> Processes:
     with _peers():
         dist.init_process_group(
             "nccl" if where.type == "cuda" else "gloo",
-            store=dist.PrefixStore(f"job/{next(_groups)}", _store()),
+            store=dist.PrefixStore(f"job/{next(_groups)}", store()),
             rank=rank,
             world_size=world,
             timeout=datetime.timedelta(seconds=timeout),
@@ -263,40 +289,6 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def launched() -> int:
-    """How many processes do the job; 1 without torchrun.
-
-    Raises ValueError, one sentence, where its environment is incomplete.
-    """
-    if not any(name in os.environ for name in NAMES[:3]):
-        return 1
-    numbers = {}
-    for name in NAMES:
-        value = os.environ.get(name, "")
-        if not value:
-            given = " and ".join(n for n in NAMES if os.environ.get(n))
-            raise ValueError(
-                f"the environment has {given}, but no {name}: start with torchrun "
-                "--nproc-per-node=N -m engine.…, which sets them all, or unset them for one process"
-            )
-        if name in NAMES[:3]:
-            numbers[name] = int(value) if value.isascii() and value.isdigit() else -1
-    if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"] or numbers["LOCAL_RANK"] < 0:
-        told = ", ".join(f"{name}={os.environ[name]}" for name in NAMES[:3])
-        raise ValueError(
-            f"the environment has {told}: expected 0 <= RANK < WORLD_SIZE and LOCAL_RANK, whole "
-            "numbers, as torchrun sets them"
-        )
-    if numbers["WORLD_SIZE"] > 1 and not dist.is_available():
-        raise ValueError("this torch is built without torch.distributed: train in one process")
-    return numbers["WORLD_SIZE"]
-
-
-def restarts() -> int:
-    """How often torchrun has started this job again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
 def own_device(name: str | None, local_rank: int) -> torch.device:
     """The device of process `local_rank` of a machine. Raises ValueError, one sentence."""
     device = choose_device(name)
@@ -311,48 +303,6 @@ def own_device(name: str | None, local_rank: int) -> torch.device:
         return usable_device(f"cuda:{local_rank}")
     except ValueError as error:
         raise ValueError(f"{error}; give --nproc-per-node at most that many") from None
-
-
-# --- which process speaks -----------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=1)
-def speaks() -> bool:
-    """Whether this process is the first of the job to fail, and so the one to say why.
-
-    When one process fails, the others' messages to it fail too, and torchrun ends them; when all
-    fail alike, one sentence is enough. The answer is for good: ask when this process has failed.
-    """
-    try:
-        if launched() == 1:
-            return True
-        first = _store().add("failed", 1) == 1
-    except Exception:  # nobody there to ask: better twice than not at all
-        return True
-    if not first:
-        _wait_for_told()
-    return first
-
-
-def told() -> None:
-    """To be called by the process that `speaks`, when it has."""
-    with contextlib.suppress(Exception):
-        if launched() > 1:
-            _store().set("told", "1")
-
-
-def _wait_for_told(seconds: float = 5) -> None:
-    """torchrun ends all processes as soon as one ends: first let the one that failed speak."""
-    with contextlib.suppress(Exception):
-        _store().wait(["told"], datetime.timedelta(seconds=seconds))
-
-
-@functools.lru_cache(maxsize=1)
-def _store(seconds: float = 300):
-    """The key-value store of this job's present start, which outlives each of its processes where
-    torchrun keeps it."""
-    store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=seconds)))
-    return dist.PrefixStore(f"engine/{restarts()}", store)
 
 
 def lost_peer(error: BaseException) -> bool:

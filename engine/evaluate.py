@@ -92,7 +92,7 @@ class EvaluateConfig:
     """Samples computed at a time."""
     device: Annotated[str | None, cli.left_out("cuda where there is one, else cpu", "NAME")] = None
     """Device: cpu, cuda, cuda:1 …"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the U-Net; auto is bf16 where the device has it, but fp32 for bits/dim."""
 
     @property
@@ -163,8 +163,8 @@ def evaluate(
 
     if {"fid", "kid", "is"} & set(metrics):
         import torchmetrics  # noqa: F401  # where it is missing, that is said before all the work
-    file = checkpoint.find(config.run)
-    model, diffusion, info = checkpoint.load(file, device=device)
+    model, diffusion, info = checkpoint.load(config.run, device=device)
+    file = info["file"]  # an older one where the newest is damaged
     if processes.first:
         cli.make_writable(file.parent, "RUN")
         evaluation.read(file.parent)  # a file that is none is said before all the work

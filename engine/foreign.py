@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import diffusers_config, layouts
+from .checkpoint_file import CheckpointError
 from .classifier import Classifier
 from .cli import neighbour
 from .presets import QKV_ORDER
@@ -33,10 +34,6 @@ SIGNS = {
     "enc.": "EDM's layout, which this engine does not read",
     "mid_block_1.": "this engine's own layout: use load",
 }
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or does not fit; one sentence."""
 
 
 def load_openai(
@@ -163,9 +160,14 @@ def load_diffusers(source: str | os.PathLike | nn.Module) -> UNet:
         for name, value in tensors.items()
     }
     try:
-        model = _empty(diffusers_config.from_diffusers(config))
-    except ValueError as error:
-        raise CheckpointError(f"{called} cannot be loaded: {error}") from None
+        options = diffusers_config.from_diffusers(config)
+        blocks = len(options["channel_mult"]) * options["num_res_blocks"]
+        if blocks > len(tensors):
+            raise ValueError(f"its config has {blocks} blocks, and its file {len(tensors)} tensors")
+        model = _empty(options)
+    except Exception as error:  # options of wrong kinds lead to all kinds
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"{called} cannot be loaded: {reason}") from None
     pairs = layouts.table(model, layouts.diffusers(model), layouts.DIFFUSERS)
     return _fill(model, pairs, tensors, called, layouts.from_diffusers, "load_diffusers")
 
@@ -220,15 +222,35 @@ def read_tensors(
         raise CheckpointError(f"{called} holds a {type(source).__name__}, expected a state dict")
     tensors = {}
     for name, value in source.items():
-        if not isinstance(value, Tensor):
-            if type(value).__module__ != "numpy":
-                raise CheckpointError(
-                    f"{called} has under {name!r} a {type(value).__name__}, expected a tensor: "
-                    "give the state dict itself"
-                )
-            value = torch.from_numpy(value)
+        what = type(value).__name__ if isinstance(name, str) else "name that is no text"
+        if type(value).__module__ == "numpy" and isinstance(name, str):
+            try:
+                value = torch.from_numpy(value)
+            except TypeError:  # a scalar, texts, dates
+                what = f"{what} of {getattr(value, 'dtype', 'nothing')}"
+        if not isinstance(value, Tensor) or not isinstance(name, str):
+            raise CheckpointError(
+                f"{called} has under {name!r} a {what}, expected a tensor: give the state dict "
+                "itself"
+            )
+        if why := _no_weight(value):
+            raise CheckpointError(f"{called} has under {name!r} {why}, expected weights")
         tensors[name] = value.detach().cpu()
     return tensors, called
+
+
+def _no_weight(value: Tensor) -> str:
+    """Why a tensor of a file cannot be weights, or nothing; one that is larger than the file would
+    take more memory than that."""
+    if value.layout != torch.strided or value.is_quantized or value.is_nested:
+        return "a sparse, nested or quantized tensor"
+    if value.is_meta:
+        return "a tensor without numbers"
+    if value.is_complex():
+        return "complex numbers"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"a tensor of shape {tuple(value.shape)} that repeats fewer numbers"
+    return ""
 
 
 def _read_file(path: Path) -> Mapping:
@@ -253,8 +275,10 @@ def _read_folder(folder: Path) -> tuple[dict, tuple[dict[str, Tensor], str]]:
         raise CheckpointError(
             f"{folder} has no config.json: give the folder of a UNet2DModel{neighbour(folder)}"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / 'config.json'} is no JSON object")
     files = [folder / WEIGHTS, folder / "diffusion_pytorch_model.bin"]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
@@ -303,7 +327,10 @@ def _fill(model, pairs: dict, tensors: dict, called: str, arrange, loader: str):
         )
     weights = {}
     for ours, names in pairs.items():
-        value = arrange(model, ours, [tensors[name] for name in names])
+        try:
+            value = arrange(model, ours, [tensors[name] for name in names])
+        except (IndexError, RuntimeError):  # of another number of dimensions
+            value = torch.empty(0)
         if tuple(value.shape) != shapes[ours]:
             found = ", ".join(str(tuple(tensors[name].shape)) for name in names)
             raise CheckpointError(

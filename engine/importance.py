@@ -80,7 +80,7 @@ class LossAwareSampler:
         return {"losses": self.losses, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises ValueError for a state of another T or history."""
+        """Raises ValueError for a state of another T or history, or one that no losses leave."""
         for name, mine in self.state_dict().items():
             found = state.get(name)
             if found is None or found.shape != mine.shape or found.dtype != mine.dtype:
@@ -88,4 +88,6 @@ class LossAwareSampler:
                 raise ValueError(
                     f"the t sampler's {name} is {what}, expected {tuple(mine.shape)} {mine.dtype}"
                 )
+            if not found.isfinite().all() or (name == "counts" and found.lt(0).any()):
+                raise ValueError(f"the t sampler's {name} are no losses' that were finite")
             mine.copy_(found)

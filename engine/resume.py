@@ -11,14 +11,14 @@ from . import cli
 
 # What a run writes beside its checkpoint.
 RUN_FILES = (
-    *("metrics.jsonl", "tensorboard", "samples", "checkpoints"),
+    *("metrics.jsonl", "events.jsonl", "tensorboard", "samples", "checkpoints"),
     *("samples.png", "strip.png", "loss.png"),
 )
 
 # What --resume may change: how the run is carried out, not what it computes.
 RESUMABLE = {
-    *("out", "resume", "data_dir", "steps", "device", "precision", "layout", "compile"),
-    *("log_every", "save_every"),
+    *("out", "resume", "data_dir", "steps", "device", "precision", "layout", "compile", "fsdp"),
+    *("log_every", "save_every", "keep_last"),
     *("keep_every", "cache", "sample_every", "samples", "sample_steps", "tensorboard"),
 }
 
@@ -28,17 +28,19 @@ def is_folder(dataset: str) -> bool:
 
 
 def check_branch(file: Path, info: dict) -> None:
-    """Raises ValueError, one sentence, for a checkpoint that training does not go on from."""
+    """Raises ValueError, one sentence, for a checkpoint that training does not go on from; `file`
+    is what --resume names, or a run's folder."""
     from . import checkpoint
 
-    if file.name != checkpoint.FILE:
+    file = file.expanduser()
+    if file.is_file() and file.name != checkpoint.FILE:
         raise ValueError(
             f"--resume {file}: a run goes on in its folder, from its {checkpoint.FILE}; to branch "
             "off from another checkpoint, copy it to a new folder under that name"
         )
     if info.get("unit"):
         raise ValueError(
-            f"--resume {file.parent}: a cell of engine.ablate, trained on pictures in [0, 1]; "
+            f"--resume {file}: a cell of engine.ablate, trained on pictures in [0, 1]; "
             "engine.ablate with the study's --out goes on with it"
         )
 
@@ -47,7 +49,7 @@ def check_free(folder: Path) -> None:
     """Raises FileExistsError, one sentence, when the folder holds a run or files of one."""
     from . import checkpoint
 
-    if (folder / checkpoint.FILE).exists():
+    if folder.is_dir() and checkpoint.files(folder):
         raise FileExistsError(
             f"{folder} already holds a run: go on with --resume {shlex.quote(str(folder))}, "
             "or give another --out"
@@ -65,7 +67,7 @@ def saved_options(path: str | os.PathLike, kind: type) -> dict:
     from . import checkpoint
 
     file = checkpoint.find(path)
-    _, info = checkpoint.read(file, prefix="none.")
+    _, info = checkpoint.read(path, prefix="none.", quiet=True)
     known = {field.name for field in dataclasses.fields(kind)}
     values = {k: v for k, v in info.get("train", {}).items() if k in known}
     values["data_dir"] = Path(values["data_dir"]) if values.get("data_dir") else None
@@ -85,3 +87,22 @@ def check_resume(config, saved) -> None:
             )
     if config.out.resolve() != saved.out.resolve():
         raise ValueError(f"--resume goes on in {saved.out}: leave out --out {config.out}")
+
+
+def restarted(config, saved, info: dict, job: str | None) -> bool:
+    """Whether `saved`, with a checkpoint's info, is the very run that `config` asks for anew.
+
+    So it is when the same job of torchrun made it with the same options: torchrun repeats the
+    command when a process has died.
+    """
+    if job is None or info.get("job") != job:
+        return False
+    if is_folder(config.dataset) and (
+        Path(config.dataset).expanduser().resolve() != Path(saved.dataset)
+    ):
+        return False
+    try:
+        check_resume(config, saved)
+    except ValueError:
+        return False
+    return True

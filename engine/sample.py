@@ -74,7 +74,7 @@ class SampleConfig:
     """Samples computed at a time."""
     device: Annotated[str | None, cli.left_out("cuda where there is one, else cpu", "NAME")] = None
     """Device to sample on: cpu, cuda, cuda:1 …"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the U-Net; auto is bf16 where the device has it."""
     layout: Literal["auto", "channels_last", "contiguous"] = "auto"
     """Memory layout of images and weights; auto is channels_last."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from . import cli
-from .resume import check_branch, check_free, check_resume, is_folder, saved_options
+from . import cli, run_lock
+from .resume import check_branch, check_free, check_resume, is_folder, restarted, saved_options
 
 PROG = "python -m engine.train"
 
@@ -23,9 +24,10 @@ PROG = "python -m engine.train"
 class TrainConfig:
     """Train a diffusion model.
 
-    The run's folder gets checkpoint.safetensors (weights, EMA, optimiser), metrics.jsonl, a
-    TensorBoard log, sample grids and, at the end, samples.png, strip.png and loss.png. Ctrl-C saves
-    and stops; --resume goes on.
+    The run's folder gets checkpoint.safetensors (weights, EMA, optimiser; beside it the one before,
+    should it be damaged), metrics.jsonl, a TensorBoard log, sample grids and, at the end,
+    samples.png, strip.png and loss.png; events.jsonl names the pictures of steps that were skipped
+    for a NaN, or whose loss was far above what is usual. Ctrl-C saves and stops; --resume goes on.
     """
 
     dataset: str = "fashion-mnist"
@@ -100,16 +102,22 @@ class TrainConfig:
 
     device: Annotated[str | None, cli.left_out("cuda where there is one, else cpu", "NAME")] = None
     """Device to train on: cpu, cuda, cuda:1 …"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic of the forward and backward pass; auto is bf16 where the device has it."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Arithmetic of the forward and backward pass; auto is bf16 where the device has it. fp16,
+    for GPUs without it, scales the loss so that small gradients stay above zero."""
     layout: Literal["auto", "channels_last", "contiguous"] = "auto"
     """Memory layout of images and weights; auto is channels_last."""
     compile: bool = False
     """Train through torch.compile: more than a minute before the first step."""
+    fsdp: bool = False
+    """Under torchrun, share out weights, moments and EMA between the processes (FSDP2), where they
+    do not fit each one's memory; else each has them whole (DDP)."""
     log_every: int = 10
     """Steps between two lines in metrics.jsonl and TensorBoard."""
     save_every: int = 500
     """Steps between two checkpoints; the end and Ctrl-C save in any case."""
+    keep_last: int = 2
+    """Newest checkpoints kept in RUN; where the last is damaged, the one before it serves."""
     keep_every: int = 0
     """Steps between two checkpoints that stay, in RUN/checkpoints, to score a run's stages; 0 keeps
     the last alone."""
@@ -148,7 +156,7 @@ RECIPES = {
 def validate(config: TrainConfig) -> None:
     """Raises ValueError, one sentence, for a number that makes no sense."""
     positive = ("timesteps", "steps", "batch", "accumulate", "log_every", "save_every")
-    for name in (*positive, "sample_steps"):
+    for name in (*positive, "keep_last", "sample_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{cli.option(name)} must be at least 1, not {getattr(config, name)}")
     for name in ("warmup", "keep_every", "sample_every", "samples", "weight_decay"):
@@ -190,41 +198,65 @@ def train(config: TrainConfig) -> Path:
     config = complete(config)
     validate(config)
     # Late, so that --help and a wrong option are answered without waiting for torch.
-    from . import checkpoint, data, decoded
-    from .device import choose_device
+    from .distributed import joined
+
+    with joined(config.device) as processes, contextlib.ExitStack() as stack:
+        return carry_out(config, processes, stack)
+
+
+def carry_out(config: TrainConfig, processes, stack: contextlib.ExitStack) -> Path:
+    """`train`, as one of the processes that do it; the run's lock is put on `stack`."""
+    from . import checkpoint, data, decoded, drawing
     from .dispatch import cases_on
     from .execution import choose, describe
+    from .parallel import check_equal, checksum
     from .trainer import Trainer
 
-    choose_device(config.device)
+    check_equal(config.batch, config.accumulate, processes.world)
     tensors, info = {}, None
+    if config.resume is None:
+        folder = config.out or Path("runs") / Path(config.dataset).resolve().name
+        config = dataclasses.replace(config, out=folder)
+        if processes.broadcast(processes.first and goes_on(config)):
+            config = dataclasses.replace(config, resume=folder)
     if config.resume is not None:
-        file = checkpoint.find(config.resume)
-        folder = file.parent
-        tensors, info = checkpoint.read(file)
+        folder = checkpoint.find(config.resume).parent
+        processes.on_first(lambda: stack.enter_context(run_lock.held(folder)))
+        file, tensors, info = checkpoint.newest(config.resume, quiet=not processes.first)
         if config.steps < info["step"]:
             raise ValueError(
                 f"--steps {config.steps} is less than the {info['step']} steps that {folder} has "
                 f"done: give more than {info['step']} to train on, or leave --steps out"
             )
         model, diffusion = checkpoint.build(tensors, info, "model", file)
-        check_branch(file, info)
+        check_branch(config.resume, info)
         size, channels = model.config["image_size"], model.config["in_channels"]
     else:
-        folder = config.out or Path("runs") / Path(config.dataset).resolve().name
-        config = dataclasses.replace(config, out=folder)
-        check_free(folder)
+        locked = []
+
+        def take() -> None:
+            if folder.is_dir():
+                locked.append(stack.enter_context(run_lock.held(folder)))
+            check_free(folder)
+
+        processes.on_first(take)
         size, channels = picture_shape(config)
-    if config.keep_every and folder.exists():
-        cli.make_writable(folder / "checkpoints", "--keep-every")
-    images = data.open_dataset(
-        config.dataset,
-        size=size,
-        channels=channels,
-        data_dir=config.data_dir,
-        labels=config.classes,
-        cache=decoded.place() if config.cache else None,
-    )
+    if config.keep_every:
+        kept = folder / "checkpoints"
+        processes.on_first(
+            lambda: cli.make_writable(kept, "--keep-every") if folder.exists() else None
+        )
+    with processes.quiet():
+        images = processes.machine_by_machine(
+            lambda: data.open_dataset(
+                config.dataset,
+                size=size,
+                channels=channels,
+                data_dir=config.data_dir,
+                labels=config.classes,
+                cache=decoded.place() if config.cache else None,
+            )
+        )
     if is_folder(config.dataset):  # by its whole path, so that --resume works from any folder
         whole = str(Path(config.dataset).expanduser().resolve())
         config = dataclasses.replace(config, dataset=whole)
@@ -238,10 +270,23 @@ def train(config: TrainConfig) -> Path:
             f"{config.dataset} has the classes {', '.join(images.classes)}, but {folder} was "
             f"trained with {', '.join(info.get('classes', []))}: give --dataset with these folders"
         )
-    execution = choose(config.device, config.precision, config.layout, config.compile)
+    device = str(processes.device)
+    execution = choose(device, config.precision, config.layout, config.compile)
     device, chosen = execution.device, describe(model, execution)
-    cli.make_writable(folder, "--out")
-    trainer = Trainer(config, model, diffusion, images, folder, execution)
+
+    def settle_in() -> None:
+        cli.make_writable(folder, "--out")
+        if info is None and not locked:
+            stack.enter_context(run_lock.held(folder))
+            check_free(folder)  # another run may have begun there while the pictures were read
+
+    processes.on_first(settle_in)
+    if processes.world > 1:
+        same = {"number of pictures": len(images), "weights to start with": checksum(model)}
+        given = {f"option {cli.option(k)}": str(v) for k, v in vars(config).items()}
+        processes.check_same(given | same | {"step to start from": info and info["step"]})
+        chosen += f"; {processes.world} processes" + ", weights shared out" * config.fsdp
+    trainer = Trainer(config, model, diffusion, images, folder, execution, processes)
     if info is not None:
         trainer.restore(tensors, info)
     tensors.clear()
@@ -258,8 +303,20 @@ def train(config: TrainConfig) -> Path:
         trainer.run()
     else:
         trainer.say(f"{folder} has its {trainer.step} steps; raise --steps to train on")
-    trainer.draw()
+    drawing.final(trainer)
     return folder
+
+
+def goes_on(config: TrainConfig) -> bool:
+    """Whether torchrun repeats the command of a run that has its checkpoint already."""
+    from . import checkpoint
+    from .torchrun import job
+
+    if job() is None or not (config.out.is_dir() and checkpoint.files(config.out)):
+        return False
+    saved = complete(saved_config(config.out))
+    _, info = checkpoint.read(config.out, prefix="none.", quiet=True)
+    return restarted(config, saved, info, job())
 
 
 def complete(config: TrainConfig) -> TrainConfig:
@@ -348,6 +405,8 @@ def command(args: Sequence[str] | None) -> None:
         config = cli.parse(TrainConfig, PROG, args, default=saved)
         check_resume(config, saved)
     folder = train(config)
+    if os.environ.get("RANK", "0") != "0":  # torchrun's other processes
+        return
     if config.samples:
         print(f"samples      {folder / 'samples.png'}")
         print(f"x_T … x_0    {folder / 'strip.png'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from . import cli
+from . import cli, run_lock
 from .resume import check_free, is_folder
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class ClassifierConfig:
 
 # What --resume may change: how the run is carried out, not what it computes.
 RESUMABLE = {"out", "resume", "data_dir", "steps", "device", "precision", "log_every", "save_every"}
+KEEP_LAST = 2  # newest checkpoints kept
 
 
 def validate(config: ClassifierConfig) -> None:
@@ -188,7 +190,7 @@ class Run:
             "step": self.step,
             "skipped": 0,
         }
-        checkpoint.save(self.config.out / checkpoint.FILE, tensors, info)
+        checkpoint.save(self.config.out / checkpoint.FILE, tensors, info, KEEP_LAST)
 
     def restore(self, tensors: dict, info: dict) -> None:
         """Puts a checkpoint's weights, optimiser and step in."""
@@ -211,7 +213,7 @@ class Run:
 
         from . import data
         from .metrics import Log
-        from .trainer import Signals
+        from .signals import Signals
 
         c = self.config
         stream = data.batches(self.images, c.batch, seed=c.seed, flip=c.flip, start=self.step)
@@ -237,6 +239,12 @@ class Run:
 
 def train(config: ClassifierConfig) -> Run:
     """Trains or resumes. Raises ValueError or OSError, one sentence, before anything is written."""
+    with contextlib.ExitStack() as stack:
+        return carry_out(config, stack)
+
+
+def carry_out(config: ClassifierConfig, stack: contextlib.ExitStack) -> Run:
+    """`train`; the run's lock is put on `stack`."""
     validate(config)
     import torch
 
@@ -246,6 +254,9 @@ def train(config: ClassifierConfig) -> Run:
     from .diffusion import Diffusion
 
     choose_device(config.device)
+    locked = config.out.is_dir()
+    if locked:
+        stack.enter_context(run_lock.held(config.out))
     if config.resume is None:
         check_free(config.out)
     else:
@@ -289,6 +300,9 @@ def train(config: ClassifierConfig) -> Run:
             )
         run.restore(tensors, info)
     cli.make_writable(config.out, "--out")
+    if not locked:
+        stack.enter_context(run_lock.held(config.out))
+        check_free(config.out)  # another run may have begun there while the pictures were read
     run.train()
     return run
 
@@ -298,7 +312,7 @@ def resumed(config: ClassifierConfig, args: Sequence[str] | None) -> ClassifierC
     from . import checkpoint
 
     file = checkpoint.find(config.resume)
-    _, info = checkpoint.read(file, prefix="none.")
+    _, info = checkpoint.read(config.resume, prefix="none.", quiet=True)
     if info.get("kind") != "classifier":
         raise ValueError(f"--resume {config.resume} is no classifier's run: use engine.train")
     known = {field.name for field in dataclasses.fields(ClassifierConfig)}

@@ -11,30 +11,25 @@ import math
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import checkpoint, data
-from .cli import Failed
+from . import checkpoint, data, drawing
+from .distributed import Processes
 from .execution import Execution, choose
+from .guard import STREAK, Diverged, Guard, event_row, not_finite
 from .importance import LossAwareSampler
 from .metrics import Log
+from .parallel import Parallel, like, local, whole
+from .signals import Signals, Stopped
+from .torchrun import job
 
 if TYPE_CHECKING:
     from .train import TrainConfig
-
-STREAK = 10  # steps in a row with a non-finite loss or gradient after which training gives up
-
-
-class Diverged(Failed):
-    """Training gave up after a streak of non-finite losses or gradients."""
-
-
-class Stopped(Failed):
-    """A signal ended the training; the checkpoint is written. `code` is the shell's for it."""
 
 
 # --- the loop -----------------------------------------------------------------------------------
@@ -51,6 +46,7 @@ class Trainer:
         images: data.Images,
         folder: Path,
         execution: Execution | None = None,  # as the configuration says, unless given
+        processes: Processes | None = None,  # that train together; this one alone, unless given
     ):
         """`model` is float32, in any layout; `restore` puts a checkpoint's state in."""
         self.config, self.diffusion, self.images, self.folder = config, diffusion, images, folder
@@ -59,7 +55,10 @@ class Trainer:
         )
         self.device = self.execution.device
         self.model = self.execution.prepared(model)
-        self.network = self.execution.network(self.model)
+        self.processes = processes or Processes()
+        self.parallel = Parallel(
+            self.processes, self.execution, self.model, config.batch, config.accumulate, config.fsdp
+        )
         self.parameters = dict(self.model.named_parameters())
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(
@@ -71,9 +70,11 @@ class Trainer:
         loss_aware = config.t_sampler == "loss-aware"
         self.t_sampler = LossAwareSampler(diffusion.T) if loss_aware else None
         self.drawn: list[tuple[Tensor, Tensor]] = []  # t and loss of this step's images, for it
-        self.step = 0  # optimiser steps done
-        self.skipped = 0  # of them, steps that the guard left out
-        self.streak = 0
+        self.guard = Guard(self.device, self.execution.precision, self.say)
+        model.drops_labels = False  # `loss` does, for all processes
+        self.signals: Signals | None = None
+        self.stop = 0  # the signal that ends the run after this step, on whichever process it came
+        self.step = 0  # optimiser steps done, those that the guard left out included
 
     # -- one step
 
@@ -86,24 +87,37 @@ class Trainer:
         return rate
 
     def loss(self, x0: Tensor, y: Tensor | None, index: int) -> Tensor:
-        """The loss of micro-batch `index`; t, noise and dropout follow from (seed, index)."""
-        seed, n = self.config.seed, len(x0)
+        """The loss of micro-batch `index`; t, noise and dropout follow from (seed, index).
+
+        Of several processes each gives its slice. What is random is drawn for the whole of it, and
+        is the same for any number of processes; dropout within the network is each one's own.
+        """
+        seed, n = self.config.seed, self.config.batch // self.config.accumulate
+        first = self.parallel.first
+        mine = slice(first, first + self.parallel.share)
         generator = data.generator(seed, 2, index)
         if self.t_sampler is None:
             t, reduction = torch.randint(self.diffusion.T, (n,), generator=generator), "mean"
         else:
             (t, weights), reduction = self.t_sampler.sample(n, generator), "none"
-        torch.manual_seed(data.generator(seed, 3, index).initial_seed())  # dropout
-        draw = {"t": t.to(self.device), "key": seed, "step": index}
+        torch.manual_seed(data.generator(seed, 3, index).initial_seed())
+        y = None if y is None else self.model.drop_labels(y, first, n)
+        if self.processes.rank:
+            purpose = 3 + 100 * self.processes.rank
+            torch.manual_seed(data.generator(seed, purpose, index).initial_seed())
+        draw = {"t": t[mine].to(self.device), "key": seed, "step": index, "offset": first}
         with self.execution.autocast():
-            loss = self.diffusion.loss(self.network, x0, y=y, reduction=reduction, **draw)
+            loss = self.diffusion.loss(self.parallel.network, x0, y=y, reduction=reduction, **draw)
         if self.t_sampler is None:
             return loss
         self.drawn.append((t, loss.detach()))
-        return (weights.to(self.device) * loss).mean()
+        return (weights[mine].to(self.device) * loss).mean()
 
     def train_step(self, x: Tensor, y: Tensor | None) -> dict[str, float]:
-        """One optimiser step on a batch x (B, C, H, W) float32 → the row for the log."""
+        """One optimiser step on a batch x (B, C, H, W) float32 → the row for the log.
+
+        Of several processes each gives its part of the batch, as Parallel cuts it.
+        """
         c = self.config
         rate = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
@@ -112,49 +126,66 @@ class Trainer:
         x = x.to(self.device, memory_format=self.model.memory_format, non_blocking=True)
         y = y.to(self.device) if y is not None and c.classes else None
         total = torch.zeros((), device=self.device)
-        micro = c.batch // c.accumulate
         for k in range(c.accumulate):
-            piece = slice(k * micro, (k + 1) * micro)
-            labels = None if y is None else y[piece]
-            loss = self.loss(x[piece], labels, self.step * c.accumulate + k) / c.accumulate
-            loss.backward()
-            total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), c.clip)
-        # The step's one wait for the device.
-        values = torch.cat([torch.stack([total, norm]), *(losses for _, losses in self.drawn)])
-        loss_value, norm_value, *losses = values.tolist()
-        self.guard(loss_value, norm_value)
-        if self.streak == 0:
+            total += self.backward(x, y, k)
+        scale = self.guard.scale(self.device)
+        self.guard.scaler.unscale_(self.optimizer)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), c.clip))
+        caught = torch.full_like(total, self.signals.caught if self.signals else 0)
+        numbers = torch.stack([total, norm, scale, caught])
+        # The step's one wait for the device, and the one message beside the gradients'.
+        rows = self.processes.stack(torch.cat([numbers, *(losses for _, losses in self.drawn)]))
+        rows = rows.tolist()
+        loss_value = sum(row[0] for row in rows) / len(rows)
+        _, norm_value, scale_value, _ = rows[0][:4]
+        self.stop = int(max(row[3] for row in rows))
+        losses = self.parallel.in_order([row[4:] for row in rows])
+        if self.guard.judge(self.step + 1, loss_value, norm_value, scale_value):
             self.optimizer.step()
             self.update_ema()
             self.update_t_sampler(losses)
         self.drawn.clear()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return {"loss": loss_value, "grad_norm": norm_value, "lr": rate, "skipped": self.skipped}
+        row = {"loss": loss_value, "grad_norm": norm_value, "lr": rate}
+        return row | {"skipped": self.guard.skipped}
 
-    def guard(self, loss: float, norm: float) -> None:
-        """Counts steps whose loss or gradient is not finite; gives up after a streak of them."""
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.streak = 0
-            return
-        self.streak += 1
-        self.skipped += 1
-        self.say(f"step {self.step + 1}: loss {loss:g}, gradient norm {norm:g}: step skipped")
-        if self.streak >= STREAK:
+    def backward(self, x: Tensor, y: Tensor | None, k: int) -> Tensor:
+        """Gradients of the batch's piece k of config.accumulate → its part of the loss, ()."""
+        piece = slice(k * self.parallel.share, (k + 1) * self.parallel.share)
+        labels = None if y is None else y[piece]
+        index = self.step * self.config.accumulate + k
+        with self.parallel.synchronised(k):
+            loss = self.loss(x[piece], labels, index) / self.config.accumulate
+            self.guard.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def give_up(self) -> None:
+        """Raises Diverged after a streak of skipped steps, and at its first for broken weights."""
+        saved = f"the last weights saved are in {self.folder / checkpoint.FILE}"
+        advice = (
+            f"try a lower --lr (now {self.config.lr:g}), a longer --warmup (now "
+            f"{self.config.warmup}) or --precision fp32"
+        )
+        if self.guard.streak == 1:
+            mine = not_finite((name, local(p)) for name, p in self.parameters.items())
+            found = max(self.processes.gather_objects(mine))
+            if found:
+                raise Diverged(f"{found} is not finite at step {self.step}: {advice}; {saved}")
+        if self.guard.streak >= STREAK:
             raise Diverged(
-                f"{STREAK} steps in a row (up to step {self.step + 1}) had a non-finite loss or "
-                f"gradient; try a lower --lr (now {self.config.lr:g}), a longer --warmup (now "
-                f"{self.config.warmup}) or --precision fp32; the last weights saved are in "
-                f"{self.folder / checkpoint.FILE}"
+                f"{STREAK} steps in a row (up to step {self.step}) had a non-finite loss or "
+                f"gradient; {advice}; {saved}"
             )
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        done = self.step - self.skipped
+        done = self.step - self.guard.skipped
         # Early on a shorter memory, so that the first weights are forgotten in short runs too.
         decay = min(self.config.ema, (1 + done) / (10 + done))
-        torch._foreach_lerp_(list(self.ema.values()), list(self.parameters.values()), 1 - decay)
+        averages = [local(average) for average in self.ema.values()]
+        weights = [local(p.detach()) for p in self.parameters.values()]
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def update_t_sampler(self, losses: list[float]) -> None:
         if self.t_sampler is None:
@@ -174,7 +205,10 @@ class Trainer:
     # -- checkpoints
 
     def save(self) -> None:
-        """The checkpoint to go on from; every keep_every steps also one that stays."""
+        """The checkpoint to go on from; every keep_every steps also one that stays.
+
+        All processes must call it; the first writes, and its failure ends all.
+        """
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
         tensors["diffusion.betas"] = self.diffusion.betas
@@ -183,6 +217,18 @@ class Trainer:
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
+        tensors |= {f"guard.{k}": v for k, v in self.guard.state_dict().items()}
+        tensors = self.parallel.whole(tensors)
+        self.processes.on_first(lambda: self.write(tensors))
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        found = not_finite(tensors.items())
+        if found:  # the file is as good as it was: it stays
+            raise Diverged(
+                f"{found} is not finite after step {self.step}, which is not saved: try a lower "
+                f"--lr (now {self.config.lr:g}); the last weights saved are in "
+                f"{self.folder / checkpoint.FILE}"
+            )
         c = self.config
         info = {
             "model": self.model.config,
@@ -190,93 +236,75 @@ class Trainer:
             "train": {k: str(v) if isinstance(v, Path) else v for k, v in vars(c).items()},
             "classes": list(self.images.classes) if c.classes else [],
             "step": self.step,
-            "skipped": self.skipped,
+            "skipped": self.guard.skipped,
             "unit": self.images.unit,
         }
-        checkpoint.save(self.folder / checkpoint.FILE, tensors, info)
+        if job() is not None:
+            info["job"] = job()  # torchrun's: should it start again, the run goes on
+        checkpoint.save(self.folder / checkpoint.FILE, tensors, info, c.keep_last)
         if c.keep_every and self.step and self.step % c.keep_every == 0:
             kept = self.folder / "checkpoints" / f"step_{self.step:06d}.safetensors"
             kept.parent.mkdir(exist_ok=True)
             checkpoint.save(kept, tensors, info)
 
     def restore(self, tensors: dict[str, Tensor], info: dict) -> None:
-        """Puts in a checkpoint's EMA, optimiser, t sampler and counters; the model is there."""
+        """Puts in a checkpoint's EMA, optimiser, t sampler and counters; the model is there.
+
+        Raises ValueError, one sentence, for numbers that no training goes on from.
+        """
+        found = not_finite(tensors.items())
+        if found:
+            raise ValueError(
+                f"the checkpoint in {self.folder} has {found} that is not finite: go on from an "
+                "earlier one, copied to a new folder as checkpoint.safetensors, or train again "
+                "with a lower --lr"
+            )
         averages = checkpoint.part(tensors, "ema.")
         for name, p in self.parameters.items():
-            self.ema[name].copy_(averages[name])
+            self.ema[name] = like(averages[name], p)
             state = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 saved = tensors.get(f"optimizer.{key}.{name}")
                 if saved is not None:  # "step" is a scalar, the moments have p's layout
-                    like = saved if key == "step" else torch.empty_like(p).copy_(saved)
-                    state[key] = like.to(self.device)
+                    state[key] = saved.to(self.device) if key == "step" else like(saved, p)
             if state:
                 self.optimizer.state[p] = state
         if self.t_sampler is not None:
             self.t_sampler.load_state_dict(checkpoint.part(tensors, "t_sampler."))
-        self.step, self.skipped = info["step"], info["skipped"]
-
-    # -- pictures
-
-    def sample(self, n: int, **options):
-        """n samples of the EMA weights."""
-        from .samplers import sample
-
-        config = self.model.config
-        shape = (n, config["in_channels"], config["image_size"], config["image_size"])
-        classes = config.get("num_classes")
-        y = torch.arange(n, device=self.device) % classes if classes else None
-        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.model.eval()
-        self.copy_weights(self.ema)
-        try:
-            with self.execution.autocast():
-                return sample(
-                    self.model,
-                    self.diffusion,
-                    shape,
-                    # Few training steps: ddpm's fresh noise mends what ddim would carry along.
-                    sampler="ddpm",
-                    steps=min(self.config.sample_steps, self.diffusion.T),
-                    seed=self.config.seed,
-                    y=y,
-                    **options,
-                )
-        finally:
-            self.copy_weights(trained)
-
-    @torch.no_grad()
-    def copy_weights(self, source: dict[str, Tensor]) -> None:
-        for name, p in self.parameters.items():
-            p.copy_(source[name])
-
-    def draw(self) -> None:
-        """The final pictures: samples.png, strip.png, loss.png."""
-        from . import plots
-
-        if self.config.samples:
-            self.say(f"drawing {self.config.samples} samples …")
-            images, states = self.sample(self.config.samples, trajectory=10)
-            plots.grid(images, self.folder / "samples.png")
-            plots.strip([state[:8] for state in states], self.folder / "strip.png")
-        plots.loss_curve(self.folder)
+        self.guard.load_state_dict(checkpoint.part(tensors, "guard."))
+        self.step, self.guard.skipped = info["step"], info["skipped"]
 
     # -- the run
+
+    def try_out(self) -> None:
+        """A forward and backward pass whose gradients are thrown away."""
+        c, n = self.model.config, self.parallel.share
+        x = torch.zeros(n, c["in_channels"], c["image_size"], c["image_size"], device=self.device)
+        x = x.to(memory_format=self.model.memory_format)
+        y = None
+        if self.config.classes:
+            y = torch.zeros(n, dtype=torch.int64, device=self.device)
+        self.model.train()
+        with self.parallel.synchronised(self.config.accumulate - 1):
+            self.loss(x, y, 0).backward()
+        self.drawn.clear()
 
     def say(self, text: str) -> None:
         from tqdm import tqdm
 
-        tqdm.write(text, file=sys.stderr)
+        if self.processes.first:
+            tqdm.write(text, file=sys.stderr)
 
     def run(self) -> None:
         """Trains up to config.steps; logs, draws and saves. Raises Stopped on SIGINT or SIGTERM."""
         from tqdm import tqdm
 
-        from . import plots
-
-        c = self.config
-        if not (self.folder / checkpoint.FILE).exists():
-            self.save()  # before any other file: from here on the folder is taken, --resume works
+        c, first = self.config, self.processes.first
+        # Before any other file: from here on the folder is taken, --resume works. And where the
+        # newest checkpoint is damaged, the older one that this run goes on from takes its name.
+        saved = checkpoint.step_of(self.folder / checkpoint.FILE) if first else None
+        if self.processes.broadcast(saved) != self.step:
+            self.save()
         if (
             self.warmup_left()
         ):  # 24 T draws at T = 1000, 25 T at 4000, until the last t has its tenth
@@ -284,9 +312,16 @@ class Trainer:
                 f"t is drawn uniformly until each of the {self.diffusion.T} has "
                 f"{self.t_sampler.history} losses: some {25 * self.diffusion.T // c.batch} steps"
             )
-        with Signals() as signals, Log(self.folder, self.step, c.tensorboard) as log:
-            stream = data.batches(self.images, c.batch, seed=c.seed, flip=c.flip, start=self.step)
-            progress = tqdm(total=c.steps, initial=self.step, unit="step", dynamic_ncols=True)
+        self.parallel.settle(self.try_out)
+        with (
+            Signals(patient=self.processes.world > 1) as self.signals,
+            Log(self.folder, self.step, c.tensorboard) if first else nullcontext() as log,
+        ):
+            order = {"seed": c.seed, "flip": c.flip, "part": self.parallel.part}
+            stream = data.batches(self.images, c.batch, start=self.step, **order)
+            progress = tqdm(
+                total=c.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not first
+            )
             smooth, start, seen = 0.0, time.perf_counter(), 0
             try:
                 while self.step < c.steps:
@@ -298,47 +333,29 @@ class Trainer:
                     progress.update()
                     state = f"loss {smooth:.4f}, {rate:.0f} images/s{self.warmup_left()}"
                     progress.set_postfix_str(state, False)
-                    if self.step % c.log_every == 0 or self.step == c.steps or self.streak:
+                    event = self.guard.event
+                    due = self.step % c.log_every == 0 or self.step == c.steps or event
+                    if log and due:
                         log.write(self.step, row | {"images_per_second": round(rate, 1)})
-                    if signals.caught:
+                    if log and event:
+                        before = self.step - 1
+                        log.event(self.step, event_row(event, self.images, c.seed, before, c.batch))
+                    self.give_up()
+                    alone = self.processes.world == 1
+                    stop = self.signals.caught if alone else self.stop
+                    if stop:
                         self.save()
-                        name = signal.Signals(signals.caught).name
+                        name = signal.Signals(stop).name
                         raise Stopped(
                             f"{name}: stopped and saved at step {self.step} of {c.steps}; "
                             f"go on with: python -m engine.train --resume {self.folder}",
-                            128 + signals.caught,
+                            128 + stop,
                         )
                     due = self.step % c.save_every == 0 or self.step == c.steps
                     if due or (c.keep_every and self.step % c.keep_every == 0):
                         self.save()
                     if c.sample_every and self.step % c.sample_every == 0 and self.step < c.steps:
-                        path = self.folder / "samples" / f"step_{self.step:06d}.png"
-                        plots.grid(self.sample(16), path)
-                        log.image(self.step, path)
+                        drawing.grid(self, log)
             finally:
                 progress.close()
                 stream.close()
-
-
-class Signals:
-    """Notes SIGINT and SIGTERM, so that a step is never cut in two; a second one ends at once."""
-
-    caught = 0
-
-    def __enter__(self) -> Signals:
-        self.before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self.before[number] = signal.signal(number, self.note)
-            except ValueError:  # not the main thread: its owner handles signals
-                return self
-        return self
-
-    def note(self, number, frame) -> None:
-        self.caught = number
-        for each, handler in self.before.items():
-            signal.signal(each, handler)
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

@@ -139,6 +139,8 @@ class UNet(Encoder):
     Raises ValueError for options that do not fit each other, and for inputs that do not fit.
     """
 
+    drops_labels = True  # while training; False where a loop does it for several processes at once
+
     def __init__(
         self,
         *,
@@ -228,9 +230,18 @@ class UNet(Encoder):
         return self.conv_out(self.norm_out(h))
 
     def _drop_labels(self, y: Tensor) -> Tensor:
-        if not (self.training and self.null_label is not None):
+        return self.drop_labels(y) if self.training and self.drops_labels else y
+
+    def drop_labels(self, y: Tensor, first: int = 0, whole: int | None = None) -> Tensor:
+        """y with the share `label_dropout` of its labels, drawn anew, replaced by null_label.
+
+        y (n,) are the labels of images first … first + n − 1 of a batch of `whole`: their draws are
+        those that they have in it.
+        """
+        if self.null_label is None:
             return y
-        dropped = torch.rand(y.shape, device=y.device) < self.config["label_dropout"]
+        draws = torch.rand(len(y) if whole is None else whole, device=y.device)
+        dropped = draws[first : first + len(y)] < self.config["label_dropout"]
         return torch.where(dropped, self.null_label, y)
 
     def _check_labels(self, y: Tensor | None, t: Tensor) -> None:

@@ -20,6 +20,7 @@ from engine import (
     checkpoint,
     cli,
     data,
+    run_lock,
     schedules,
     train,
     trainer,
@@ -143,6 +144,15 @@ def test_what_is_done_is_not_done_again(study, monkeypatch):
             ablate.ablate(study(), scorer)
     assert checkpoint.read(cell)[1]["step"] == 1 and not (cell / "clip.json").exists()
     assert ablate.ablate(study(), scorer).read_text() == whole
+
+
+def test_a_study_or_cell_in_use_is_refused(study):
+    cell = study().out / "cells" / "cosine-l2-seed0"
+    cell.mkdir(parents=True)
+    for folder in (study().out, cell):
+        with run_lock.held(folder), pytest.raises(ValueError, match="in use by another run, proc"):
+            ablate.ablate(study(schedules="cosine", losses="l2"), scorer)
+        assert not list(cell.iterdir())
 
 
 def test_records_of_other_settings_are_refused(study):

@@ -7,6 +7,7 @@ import torch
 from two_processes import torchrun
 
 from engine import distributed
+from engine import torchrun as job
 from engine.distributed import Processes
 
 MESSAGES = """
@@ -67,8 +68,6 @@ import sys, torch
 from engine import cli, distributed
 def command(args):
     with distributed.joined("cpu") as p:
-        if args[0] == "all":
-            raise ValueError("bad input")
         if args[0] == "second" and p.rank == 1:
             raise ValueError("bad input")
         if args[0] == "writer":
@@ -79,7 +78,7 @@ sys.exit(cli.main(command, sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("who", ["all", "second", "writer"])
+@pytest.mark.parametrize("who", ["second", "writer"])
 def test_a_failure_ends_all_and_is_told_once(tmp_path, who):
     script = tmp_path / "script.py"
     script.write_text(FAILURES)
@@ -92,7 +91,7 @@ def test_a_failure_ends_all_and_is_told_once(tmp_path, who):
 
 @pytest.fixture
 def environment(monkeypatch):
-    for name in distributed.NAMES:
+    for name in job.NAMES:
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -108,7 +107,7 @@ def test_one_process_needs_no_message(environment):
         processes.check_same({"a": 1})
         with pytest.raises(OSError, match="full"):
             processes.on_first(lambda: (_ for _ in ()).throw(OSError("full")))
-    assert distributed.speaks()
+    assert job.speaks()
 
 
 @pytest.mark.parametrize(
@@ -128,10 +127,10 @@ def test_an_incomplete_environment_is_one_sentence(environment, given, sentence)
 
 @pytest.mark.parametrize("numbers", [("2", "2", "0"), ("0", "0", "0"), ("x", "2", "0")])
 def test_a_senseless_environment_is_one_sentence(environment, numbers):
-    for name, value in zip(distributed.NAMES, (*numbers, "127.0.0.1", "1"), strict=True):
+    for name, value in zip(job.NAMES, (*numbers, "127.0.0.1", "1"), strict=True):
         environment.setenv(name, value)
     with pytest.raises(ValueError, match=f"has RANK={numbers[0]}, WORLD_SIZE.*as torchrun sets"):
-        distributed.launched()
+        job.launched()
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch):

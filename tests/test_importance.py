@@ -125,6 +125,14 @@ def test_the_state_is_all_that_there_is():
             lambda s: s.load_state_dict(LossAwareSampler(5).state_dict()),
             r"losses is \(5, 10\) torch.float64, expected \(4, 10\)",
         ),
+        (
+            lambda s: s.load_state_dict(s.state_dict() | {"losses": s.losses + math.nan}),
+            "losses are no losses' that were finite",
+        ),
+        (
+            lambda s: s.load_state_dict(s.state_dict() | {"counts": s.counts - 1}),
+            "counts are no losses' that were finite",
+        ),
         (lambda s: LossAwareSampler(0), "T is 0"),
         (lambda s: LossAwareSampler(4, history=0), "history 0"),
         (lambda s: LossAwareSampler(4, uniform=1.5), "uniform 1.5"),

@@ -13,16 +13,18 @@ ROOT = Path(__file__).parent.parent
 
 # Inside engine, a module may import only from the layers before its own.
 LAYERS = (
-    "device dispatch presets schedules layouts diffusers_config importance metrics decoded verdict",
+    "device dispatch presets schedules layouts diffusers_config importance metrics decoded verdict"
+    " torchrun",
     "distributed",
-    "ops cli inception execution dealing",
+    "ops cli inception execution run_lock checkpoint_file dealing",
     "likelihood blocks fashion_mnist pictures patterns memory_format",
     "diffusion unet data rewrite fused_scheduler",
-    "prepacked coefficients guidance classifier curves backend diffusers_schedulers",
+    "prepacked coefficients guidance classifier curves backend diffusers_schedulers parallel",
     "samplers foreign acceleration",
     "checkpoint",
     "evaluation",
-    "cache plots",
+    "cache plots guard signals",
+    "drawing",
     "trainer domain_classifier resume",
     "train sample scores",
     "scoring train_classifier ablation_report verification",
@@ -91,6 +93,29 @@ def test_engine_imports_downward(path):
             target in RANK or (ROOT / "engine" / f"{target}.py").is_file()
         ):  # a new file needs a rank
             assert RANK[target] < RANK[first], f"{first} imports {target}"
+
+
+def test_nothing_is_unpickled():
+    """A pickle runs whatever its maker likes: no file of anybody's is read as one."""
+    paths = [
+        p for folder in ("engine", "kernels", "benchmarks") for p in (ROOT / folder).rglob("*")
+    ]
+    paths = [path for path in paths if path.suffix == ".py"] + [ROOT / "setup.py"]
+    banned = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    loads = []
+    for path in paths:
+        assert not {name.split(".")[0] for name in imports(path)} & banned, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called, given = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
+            if called.endswith(("torch.load", "load_state_dict_from_url", "torch.jit.load")):
+                loads.append(path.name)
+                assert getattr(given.get("weights_only"), "value", None) is True, (path, called)
+            if called in ("np.load", "numpy.load"):
+                loads.append(path.name)
+                assert getattr(given.get("allow_pickle"), "value", None) is False, (path, called)
+    assert {"foreign.py", "inception.py"} <= set(loads) and loads.count("foreign.py") == 2
 
 
 def test_only_the_bindings_include_torch():
