@@ -252,9 +252,7 @@ def forecast(study, cells) -> list[str]:
 
 def command(args: Sequence[str] | None) -> None:
     config = cli.parse(AblateConfig, PROG, args)
-    from .torchrun import check_alone  # late: it imports torch
-
-    check_alone("engine.ablate")
+    cli.alone(PROG)
     table = ablate(config)
     if table is not None:
         print(table.read_text())

@@ -29,13 +29,29 @@ def parse(config_class: type, prog: str, args: Sequence[str] | None = None, defa
     complaint = io.StringIO()
     args = sys.argv[1:] if args is None else args
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), shown_once():
             return tyro.cli(config_class, prog=prog, args=args, config=config, **given)
     except SystemExit as end:
         if end.code:
             told = plain(unboxed(complaint.getvalue())) + meant(config_class, args)
             tell(f"error: {told}; see {prog} --help")
         raise
+
+
+def shown_once() -> contextlib.AbstractContextManager:
+    """Of several processes that torchrun has started the first alone prints the help."""
+    others = os.environ.get("RANK", "0") != "0"
+    return contextlib.redirect_stdout(io.StringIO()) if others else contextlib.nullcontext()
+
+
+def alone(prog: str) -> None:
+    """Raises ValueError, one sentence, where torchrun has started several processes of a command
+    that is for one."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            f"{prog} runs in one process: start it without torchrun; engine.train, engine.sample "
+            "and engine.evaluate run in several"
+        )
 
 
 def parse_command(commands: dict[str, type], prog: str, args: Sequence[str] | None = None):

@@ -225,6 +225,7 @@ def check_schedules(T: int) -> None:
 
 def command(args: Sequence[str] | None) -> None:
     config = cli.parse_command(COMMANDS, PROG, args)
+    cli.alone(PROG)
     suffix = ".gif" if isinstance(config, Gif) else ".png"
     if config.out.suffix.lower() != suffix or config.out.is_dir():
         raise ValueError(f"--out {config.out}: give the name of a {suffix} file")

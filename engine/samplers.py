@@ -81,7 +81,8 @@ def sample(
     noise    in place of seed: (steps + 1, N, C, H, W), or a function k → (N, C, H, W). 0 is x_T, k
              the z of step k; the last is not used
     trajectory  also return this many states, 2 or more, from x_T to x_0; steps + 1 are there
-    offset   global index of the first sample: batches of a run give the images of one large batch
+    offset   global index of the first sample: batches of a run give the images of one large batch;
+             so do processes: this is a function of its own process, to which they give their own
     dynamic_threshold  in place of clip: quantile of |x̂_0|, 0 … 1 (Saharia et al. 2022, §2.3)
     model_dtype  the state is float32; the step also writes it in this dtype for the network, which
              saves the network's cast. "auto": what a UNet casts to under autocast, or its weights;

@@ -31,12 +31,10 @@ def real_pictures(config: EvaluateConfig, info: dict, model, processes: Processe
         "data_dir": config.data_dir or (saved if name == "fashion-mnist" else None),
     }
     if name == "fashion-mnist":
-        if not processes.first:
-            processes.barrier()  # rank 0 may have to download it
-        found = tuple(data.open_dataset(name, split=s, **options) for s in ("train", "test"))
-        if processes.first:
-            processes.barrier()
-        return found
+        # Machine by machine: the first process of each may have to download it.
+        return processes.machine_by_machine(
+            lambda: tuple(data.open_dataset(name, split=s, **options) for s in ("train", "test"))
+        )
     try:
         images = data.open_dataset(name, labels=True, **options)
     except ValueError:  # no labels, or nothing at all

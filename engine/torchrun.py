@@ -46,15 +46,6 @@ def launched() -> int:
     return numbers["WORLD_SIZE"]
 
 
-def check_alone(what: str) -> None:
-    """Raises ValueError, one sentence, where torchrun has started several processes of `what`."""
-    if launched() > 1:
-        raise ValueError(
-            f"{what} runs in one process: start it with python -m, not with torchrun; "
-            "engine.train, engine.sample and engine.evaluate run in several"
-        )
-
-
 def restarts() -> int:
     """How often torchrun has started this job again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

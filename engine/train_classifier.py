@@ -335,9 +335,7 @@ def resumed(config: ClassifierConfig, args: Sequence[str] | None) -> ClassifierC
 
 def command(args: Sequence[str] | None) -> None:
     config = cli.parse(ClassifierConfig, PROG, args)
-    from .torchrun import check_alone  # late: it imports torch
-
-    check_alone("engine.train_classifier")
+    cli.alone(PROG)
     if config.resume is not None:
         config = resumed(config, args)
     run = train(config)

@@ -63,6 +63,7 @@ class VerifyConfig:
 
 def command(args: Sequence[str] | None) -> None:
     config = cli.parse(VerifyConfig, PROG, args)
+    cli.alone(PROG)
     if config.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, not {config.repeats}")
     for name in ("batch", "size"):

@@ -1,6 +1,5 @@
 """Processes that do one job: their messages, their devices, and how they end together."""
 
-import importlib
 import json
 
 import pytest
@@ -132,17 +131,6 @@ def test_a_senseless_environment_is_one_sentence(environment, numbers):
         environment.setenv(name, value)
     with pytest.raises(ValueError, match=f"has RANK={numbers[0]}, WORLD_SIZE.*as torchrun sets"):
         job.launched()
-
-
-@pytest.mark.parametrize("name", ["ablate", "train_classifier"])
-def test_what_runs_in_one_process_says_so(environment, capsys, name):
-    for key, value in zip(job.NAMES, ("0", "2", "0", "127.0.0.1", "1"), strict=True):
-        environment.setenv(key, value)
-    environment.setattr(job, "speaks", lambda: True)
-    environment.setattr(job, "told", lambda: None)  # there is no store
-    module = importlib.import_module(f"engine.{name}")
-    assert module.main(["--out", "nowhere"]) == 2
-    assert f"engine.{name} runs in one process: start it with python" in capsys.readouterr().err
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch):

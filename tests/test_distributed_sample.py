@@ -1,5 +1,6 @@
 """Sampling and evaluation by two processes: the same bits as by one, and the same end."""
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ from dealt_commands import carry_out
 from PIL import Image
 from two_processes import torchrun
 
-from engine import Diffusion, UNet, checkpoint, dealing, schedules
+from engine import Diffusion, UNet, checkpoint, cli, dealing, evaluate, schedules
 from engine.distributed import Processes
 
 pytest.importorskip("torchmetrics")
@@ -163,3 +164,46 @@ def test_an_error_on_one_process_ends_all_with_one_sentence(folders, failing, co
     assert done.stderr.count("error: ") == 1 and "gloo" not in done.stderr, done.stderr
     assert done.stdout == "" and not (both / "no.png").exists()
     assert (both / "run" / "evaluation.json").read_bytes() == records
+
+
+ONE = {
+    "ablate": [],
+    "plots": ["schedules"],
+    "train_classifier": [],
+    "verify": ["module:function"],
+}
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_commands_for_one_process_say_so(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(importlib.import_module(f"engine.{name}").command, ONE[name]) == 2
+    said = capsys.readouterr()
+    sentence = f"error: python -m engine.{name} runs in one process: start it without torchrun; "
+    assert said.out == "" and said.err.startswith(sentence) and said.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_is_shown_once(monkeypatch, capsys):
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            evaluate.main(["--help"])
+        assert end.value.code == 0
+        assert ("usage: python -m engine.evaluate" in capsys.readouterr().out) == (rank == "0")
+
+
+def test_processes_with_different_weights_are_refused(folders):
+    class Two(Processes):
+        def gather_objects(self, thing):
+            return [thing, {**thing, "weights": theirs}]
+
+    model = checkpoint.load(folders[0] / "run")[0]
+    theirs = mine = dealing.digest([model])
+    dealing.check_alike(Two(0, 2), [model], precision="bfloat16")
+    model.conv_out.bias.data[0] += 1e-6
+    theirs = dealing.digest([model])
+    model = checkpoint.load(folders[0] / "run")[0]
+    with pytest.raises(ValueError, match=f"differ in their weights: process 0 has {mine}"):
+        dealing.check_alike(Two(0, 2), [model])
