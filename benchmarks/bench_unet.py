@@ -4,7 +4,8 @@ The same weights, by load_diffusers, none at zero; bfloat16. Against diffusers' 
 in channels_last memory, compiled by torch.compile, and by OpenVINO with static shapes where that is
 installed (pip install --no-deps openvino openvino-telemetry); torch.compile without freezing, as
 it comes. Ours is what engine.sample calls, the
-prepacked twin, and what engine.train trains. Parity is asserted before anything is timed; calls are
+prepacked twin, and what engine.train trains; beside it our model on PyTorch's ops alone, unpacked.
+Parity is asserted before anything is timed; calls are
 taken in blocks, A A A B B B A A A, as a sampler makes them.
 
     small    6.8 million parameters, 64/128/128 channels, attention at two levels with diffusers'
@@ -22,7 +23,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -31,75 +31,29 @@ import pytest
 import torch
 
 from engine.execution import keep_freed_memory
-from engine.foreign import load_diffusers
 from engine.prepacked import prepacked
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 
-SMALL = dict(
-    sample_size=32,
-    in_channels=1,
-    out_channels=1,
-    block_out_channels=(64, 128, 128),
-    down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+from unet_cases import (
+    BF16,
+    Masters,
+    Training,
+    inputs,
+    openvino,
+    pair,
+    same,
+    sampling,
+    seconds,
 )
-CIFAR10 = dict(
-    sample_size=32,
-    block_out_channels=(128, 256, 256, 256),
-    attention_head_dim=256,  # one head, as published
-    freq_shift=1,
-    flip_sin_to_cos=False,
-    downsample_padding=0,
-    norm_eps=1e-6,
-    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-)
-MODELS = {"small": SMALL, "cifar10": CIFAR10}
+
+EAGER, BF16_WEIGHTS = "ours, PyTorch's ops", "ours, bf16 weights"
 STEPS = [("small", 32), ("small", 1), ("cifar10", 8)]
 GOALS = {
     ("small", 32): {"diffusers": 2.2, "compile": 1.5},
     ("small", 1): {"diffusers": 2.0, "compile": 1.3},
     ("cifar10", 8): {"diffusers": 1.5},
 }
-BF16 = torch.bfloat16
-PAUSE = 0.3  # seconds
-
-
-def pair(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """diffusers' model and ours of the same weights, float32."""
-    torch.manual_seed(0)
-    theirs = diffusers.UNet2DModel(**MODELS[name])
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.add_(torch.randn_like(p) * 0.02)
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        return theirs, load_diffusers(folder)
-
-
-def inputs(name: str, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(batch, MODELS[name].get("in_channels", 3), 32, 32, generator=generator)
-    return x, torch.randint(0, 1000, (batch,), generator=generator)
-
-
-def seconds(contenders: dict, blocks: int, calls: int) -> dict[str, list[float]]:
-    """Seconds of every call; in turns, a block of calls each, the first of a block left out.
-
-    A pause between: each library's threads look for work for a while after their last, on the two
-    cores that the next contender is to have.
-    """
-    taken = {name: [] for name in contenders}
-    for _ in range(blocks):
-        for name, call in contenders.items():
-            time.sleep(PAUSE)
-            call()
-            for _ in range(calls):
-                start = time.perf_counter()
-                call()
-                taken[name].append(time.perf_counter() - start)
-    return taken
 
 
 def record(benchmark, taken: dict, **more) -> None:
@@ -117,43 +71,17 @@ def record(benchmark, taken: dict, **more) -> None:
     )
 
 
-def same(found: torch.Tensor, expected: torch.Tensor, whose: str, bound: float = 0.03) -> float:
-    """The difference, asserted to be that of bfloat16 networks: the same but for their rounding."""
-    difference = (found.float() - expected.float()).norm() / expected.float().norm()
-    assert difference <= bound, f"{whose}: differs by {difference:.3f} of the norm"
-    return round(difference.item(), 5)
-
-
-def openvino(model: torch.nn.Module, x: torch.Tensor, t: torch.Tensor):
-    """The model in OpenVINO, bfloat16, for this shape alone; None where it is not installed."""
-    try:
-        import openvino as ov
-    except ImportError:
-        return None
-
-    class Plain(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x, t):
-            return self.model(x, t, return_dict=False)[0]
-
-    shapes = [ov.PartialShape(x.shape), ov.PartialShape(t.shape)]
-    converted = ov.convert_model(Plain(), example_input=(x, t), input=shapes)
-    options = {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY"}
-    compiled = ov.compile_model(converted, "CPU", options)
-    arrays = [x.numpy(), t.numpy()]
-    return lambda: torch.from_numpy(compiled(arrays)[0])
-
-
 @pytest.mark.parametrize("name, batch", STEPS, ids=[f"{n}-{b}" for n, b in STEPS])
 def bench_denoising_step(benchmark, name, batch):
     """All contenders in one process, and a fresh one per case: what OpenVINO leaves behind in its
     process takes 4 ms more of every later step of batch 1."""
     found = child("step", name, batch)
-    goals = GOALS[name, batch]
-    record(benchmark, found["seconds"], batch=batch, goals=goals, error=found["error"])
+    if name == "small":
+        eager = child("step on PyTorch's ops", name, batch, ENGINE_BACKEND="eager")
+        found = {key: found[key] | eager[key] for key in found}
+    record(benchmark, found["seconds"], batch=batch, goals=GOALS[name, batch], error=found["error"])
+    if "openvino" not in found["seconds"]:
+        benchmark.extra_info["not_measured"] = ["openvino"]
     benchmark.pedantic(lambda: None, rounds=1)
 
 
@@ -189,25 +117,33 @@ def denoising_step(name: str, batch: int) -> dict:
     return {"seconds": taken, "error": error}
 
 
-class Training:
-    """Steps of AdamW under autocast, as diffusers' examples and engine.train make them."""
+def eager_step(name: str, batch: int) -> dict:
+    """The same of our model as it is, in bfloat16; run with ENGINE_BACKEND=eager."""
+    ours = pair(name)[1].eval()
+    x, t = inputs(name, batch)
+    plain, low = copy.deepcopy(ours).to(BF16), x.to(BF16)
+    with torch.inference_mode():
+        error = same(plain(low, t), ours(x, t), EAGER, 0.1)
+        taken = seconds({EAGER: lambda: plain(low, t)}, blocks=5, calls=20 if batch == 1 else 3)
+    return {"seconds": taken, "error": {EAGER: error}}
 
-    def __init__(self, model: torch.nn.Module, name: str, batch: int) -> None:
-        self.model = model.train()
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        self.x, self.t = inputs(name, batch)
-        self.target = torch.randn(self.x.shape, generator=torch.Generator().manual_seed(2))
 
-    def __call__(self) -> torch.Tensor:
-        with torch.autocast("cpu", BF16):
-            out = self.model(self.x, self.t)
-            out = out if isinstance(out, torch.Tensor) else out.sample
-            loss = (out.float() - self.target).square().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+@pytest.mark.parametrize("name, batch, steps", [("small", 32, 10), ("small", 1, 50)])
+def bench_sampling_step(benchmark, name, batch, steps):
+    """A whole engine.sample and a whole DDIMPipeline, divided by their steps."""
+    found = child("sampling", name, batch, steps)
+    record(benchmark, found["seconds"], batch=batch, steps=steps, error=found["error"])
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+def sampling_step(name: str, batch: int, steps: int) -> dict:
+    runs = sampling(*pair(name), name, batch)
+    x, _ = inputs(name, batch)
+    found = [run(2, torch.float32, x) for run in runs.values()]
+    error = {"ours": same(*found, "ours", 1e-3)}
+    calls = {each: lambda run=run: run(steps, BF16, None) for each, run in runs.items()}
+    taken = seconds(calls, blocks=3, calls=1)
+    return {"seconds": {k: [s / steps for s in v] for k, v in taken.items()}, "error": error}
 
 
 @pytest.mark.parametrize("name, batch", [("small", 32)])
@@ -217,6 +153,7 @@ def bench_training_step(benchmark, name, batch):
     losses = {each: torch.stack([step() for _ in range(3)]) for each, step in steps.items()}
     same(losses["ours"], losses["diffusers"], "losses", 0.01)
     taken = seconds(steps, blocks=3, calls=2)
+    taken |= child("training on PyTorch's ops", name, batch, ENGINE_BACKEND="eager")["seconds"]
     record(benchmark, taken, batch=batch, goals={"diffusers": 1.8})
     peak = {each: peak_memory(each, name, batch) for each in steps}
     benchmark.extra_info.update(
@@ -227,6 +164,33 @@ def bench_training_step(benchmark, name, batch):
     benchmark.pedantic(steps["ours"], rounds=1)
 
 
+def bench_weights_in_bf16(benchmark):
+    """A training step, and one whose weights stay in bfloat16: the same bits, but is it faster?"""
+    found = child("masters", "small", 32)
+    record(benchmark, found["seconds"], batch=32, gained_ms=found["gained_ms"])
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+def masters(name: str, batch: int, rounds: int = 20) -> dict:
+    """Seconds of both in turns, and the median of what a pair of steps differs by."""
+    ours = pair(name)[1]
+    steps = {
+        "ours": Training(copy.deepcopy(ours), name, batch),
+        BF16_WEIGHTS: Masters(ours, name, batch),
+    }
+    taken = {each: [] for each in steps}
+    for k in range(rounds + 2):
+        for each in (list(steps), list(reversed(steps)))[k % 2]:
+            start = time.perf_counter()
+            steps[each]()
+            taken[each].append(time.perf_counter() - start)
+    for p, q in zip(*(step.weights() for step in steps.values()), strict=True):
+        assert torch.equal(p, q), "weights in bfloat16 with float32 masters: other bits"
+    taken = {each: times[2:] for each, times in taken.items()}
+    gained = [1e3 * (a - b) for a, b in zip(*taken.values(), strict=True)]
+    return {"seconds": taken, "gained_ms": round(statistics.median(gained), 2)}
+
+
 @pytest.mark.parametrize("phase", ["forward", "training"])
 def bench_profile(benchmark, phase):
     """Operator by operator; ours as it is called, diffusers as it is."""
@@ -235,6 +199,7 @@ def bench_profile(benchmark, phase):
     if phase == "training":
         calls = {"ours": Training(ours, "small", 32), "diffusers": Training(theirs, "small", 32)}
         found = {each: profile_unet.times(call, 3) for each, call in calls.items()}
+        benchmark.extra_info["copies"] = profile_unet.copies(calls["ours"])
     else:
         twin, low = prepacked(ours.eval(), BF16), x.to(BF16)
         theirs = theirs.to(BF16).eval()
@@ -321,9 +286,18 @@ def main(kind: str, *args: str) -> dict:
         for _ in range(3):
             step()
         return {"peak_mb": round((resident("VmHWM") - before) / 1e6)}
+    if kind == "sampling":
+        return sampling_step(args[0], int(args[1]), int(args[2]))
     name, batch = args
     if kind == "step":
         return denoising_step(name, int(batch))
+    if kind == "step on PyTorch's ops":
+        return eager_step(name, int(batch))
+    if kind == "training on PyTorch's ops":
+        step = Training(pair(name)[1], name, int(batch))
+        return {"seconds": seconds({EAGER: step}, blocks=3, calls=2)}
+    if kind == "masters":
+        return masters(name, int(batch))
     theirs, ours = (model.eval() for model in pair(name))
     x, t = inputs(name, int(batch))
     twin = prepacked(ours, torch.float32)

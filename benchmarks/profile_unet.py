@@ -28,6 +28,41 @@ def group_of(operator: str) -> str:
     return "everything else"
 
 
+# Where a copy is made → what an operator is called that it is made for; the first that fits has it.
+SITES = {
+    "bias of a projection, put where its product is added": ("addmm",),
+    "gradients of weights to float32": ("ToCopyBackward",),
+    "gradients of weights to channels_last, by convolution_backward": ("onvolution",),
+    "weights to bfloat16, by autocast": ("conv2d", "aten::linear"),
+    "gradients that AdamW wants contiguous": ("Optimizer",),
+    "zeros that upsampling's backward adds to": ("upsample",),
+}
+
+
+def site_of(event) -> str:
+    names = []
+    while event is not None:
+        names.append(event.name)
+        event = event.cpu_parent
+    for site, parts in SITES.items():
+        if any(part in name for name in names for part in parts):
+            return site
+    return "other"
+
+
+def copies(call: Callable, calls: int = 3) -> dict[str, float]:
+    """Milliseconds of a call's copies, by what they are made for."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        for _ in range(calls):
+            call()
+    found: Counter[str] = Counter()
+    for event in recorded.events():
+        if group_of(event.name) == "copies":
+            found[site_of(event)] += event.self_cpu_time_total / 1e3 / calls
+    return {site: round(ms, 2) for site, ms in found.most_common()}
+
+
 def times(call: Callable, calls: int = 5) -> dict[str, float]:
     """Milliseconds of each group per call, the largest first."""
     call()

@@ -1,8 +1,25 @@
 """Tables of bench_unet.py: our U-Net beside diffusers', and where the time of each goes."""
 
-OTHERS = ("diffusers", "diffusers channels_last", "compile", "openvino")
-OTHERS += ("ours, compiled", "memory returned")
-NAMES = ("bench_denoising_step", "bench_training_step", "bench_profile", "bench_kept_memory")
+# Contenders: as the measurements call them → as the tables do, in their order.
+CONTENDERS = {
+    "ours": "ours",
+    "ours, PyTorch's ops": "ours on PyTorch's ops alone (ENGINE_BACKEND=eager)",
+    "ours, compiled": "ours, compiled",
+    "memory returned": "ours, freed memory returned",
+    "ours, bf16 weights": "ours, weights in bf16, float32 masters",
+    "diffusers": "diffusers",
+    "diffusers channels_last": "diffusers, channels_last",
+    "compile": "diffusers, compiled",
+    "openvino": "diffusers' model in OpenVINO",
+}
+NAMES = ("bench_denoising_step", "bench_sampling_step", "bench_training_step", "bench_profile")
+NAMES += ("bench_kept_memory", "bench_weights_in_bf16")
+COPIES = (
+    "Casts of weights and of their gradients are mixed precision itself. Those for biases and for "
+    "layouts are made inside PyTorch's addmm and convolution_backward; its AdamW made one of every "
+    "gradient in channels_last, which engine/optimizer.py does without."
+)
+WORTH = 1.015  # a gain below is not worth a second copy of the weights
 
 
 def is_unet(benchmark: dict) -> bool:
@@ -15,11 +32,7 @@ def tables(benchmarks: list[dict], profiles: bool = True) -> list[str]:
     steps = [b for b in rows if "milliseconds" not in b["extra_info"]]
     lines = []
     if steps:
-        others = [o for o in OTHERS if any(o in b["extra_info"]["median_us"] for b in steps)]
-        head = ["our U-Net", "ours ms", *(f"{o} ms" for o in others), *(f"× {o}" for o in others)]
-        lines += [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
-        lines += [step_row(b, others) for b in steps]
-        lines += [""]
+        lines += [*steps_table(steps), ""]
     for b in steps:
         if peak := b["extra_info"].get("peak_mb"):
             lines += [
@@ -27,7 +40,11 @@ def tables(benchmarks: list[dict], profiles: bool = True) -> list[str]:
                 f"{peak['diffusers']} MB.",
                 "",
             ]
+        if (gained := b["extra_info"].get("gained_ms")) is not None:
+            lines += [masters(b["extra_info"], gained), ""]
     for b in rows:
+        if profiles and (found := b["extra_info"].get("copies")):
+            lines += [*profile_table("copies of ours", {"ours": found}), "", COPIES, ""]
         if profiles and (found := b["extra_info"].get("milliseconds")):
             lines += [*profile_table(case(b), found), ""]
     return lines
@@ -37,12 +54,47 @@ def case(benchmark: dict) -> str:
     return benchmark["name"].removeprefix("bench_").replace("[", " ").rstrip("]")
 
 
-def step_row(benchmark: dict, others: list[str]) -> str:
-    us, speedup = (benchmark["extra_info"][key] for key in ("median_us", "speedup"))
-    cells = [f"{us['ours'] / 1e3:.1f}"]
-    cells += [f"{us[o] / 1e3:.1f}" if o in us else "–" for o in others]
-    cells += [f"{speedup[o]:.2f}" if o in speedup else "–" for o in others]
-    return f"| {case(benchmark)} | {' | '.join(cells)} |"
+def steps_table(steps: list[dict]) -> list[str]:
+    """A row per contender; ms of a step, and how many times ours that is."""
+    measured = {name for b in steps for name in names(b["extra_info"])}
+    lines = [
+        f"| ms of a step | {' | '.join(map(case, steps))} |",
+        "| --- |" + " ---: |" * len(steps),
+    ]
+    for name, shown in CONTENDERS.items():
+        if name in measured:
+            cells = [cell(b["extra_info"], name) for b in steps]
+            lines.append(f"| {shown} | {' | '.join(cells)} |")
+    return lines
+
+
+def names(info: dict) -> list[str]:
+    return [*info["median_us"], *info.get("not_measured", [])]
+
+
+def cell(info: dict, name: str) -> str:
+    if name in info.get("not_measured", []):
+        return "not measured"
+    if name not in info["median_us"]:
+        return "–"
+    times = f" ({info['speedup'][name]:.2f}×)" if name in info["speedup"] else ""
+    return f"{info['median_us'][name] / 1e3:.1f}{times}"
+
+
+def masters(info: dict, gained: float) -> str:
+    ours = info["median_us"]["ours"] / 1e3
+    gain = ours / (ours - gained)
+    text = (
+        "Weights held in bf16, with float32 masters in the optimiser, end with the same bits and "
+        f"make a training step of {ours:.0f} ms {abs(gained):.1f} ms "
+        f"{'shorter' if gained > 0 else 'longer'} (median of pairs of steps). "
+    )
+    if gain >= WORTH:
+        return text
+    return text + (
+        "Training does without: autocast casts each weight once a step, which is what copying the "
+        "masters back costs, and gradients are made float32 once either way."
+    )
 
 
 def profile_table(title: str, found: dict[str, dict[str, float]]) -> list[str]:
@@ -52,7 +104,7 @@ def profile_table(title: str, found: dict[str, dict[str, float]]) -> list[str]:
         key=lambda group: -max(times.get(group, 0) for times in found.values()),
     )
     lines = [
-        f"| {title}, ms of one call | {' | '.join(found)} |",
+        f"| {title}, ms of a call | {' | '.join(found)} |",
         "| --- |" + " ---: |" * len(found),
     ]
     for group in groups:

@@ -20,6 +20,8 @@ class AdamW(torch.optim.AdamW):
         found = super()._init_group(group, params, grads, *more)
         *moments, _ = more  # the last are the steps
         for i, p in enumerate(params):
+            if type(p) not in (torch.Tensor, torch.nn.Parameter):  # sharded ones are neither
+                continue
             if not p.is_cpu or p.dim() != 4 or p.is_contiguous():
                 continue
             if not p.is_contiguous(memory_format=torch.channels_last):
