@@ -34,8 +34,8 @@ LARGE = 1 << 24  # pixels from which one picture is decoded at a time
 SCAN_PIXELS = 1 << 32  # of a progressive JPEG: each scan passes over all pixels
 # A JPEG is decoded at 1/2, 1/4 or 1/8 where its shorter side stays at least so many times that of
 # the result: 5 times as fast from 4000 × 3000 to 64, 2.6 times to 256. From 4 on values of a photo
-# differed by 0.2 of 255 on average and by 1 at most, of random colours by 0.6 and 5; at 1, of a photo,
-# by 0.7 and 4.
+# differed by 0.2 of 255 on average and by 1 at most, of random colours by 0.6 and 5; at 1, those of
+# a photo by 0.7 and 4.
 REDUCED = 4
 _one_large = threading.Lock()
 
