@@ -38,7 +38,7 @@ def fingerprint(images: data.Images) -> str:
 def identity(images: data.Images) -> dict:
     """What the order of the pictures in a run rests on: how many, and a digest of which they are;
     of a folder's by their names, since a new version of a decoder makes other pixels."""
-    return {"count": len(images), "digest": images.order or fingerprint(images)}
+    return {"count": len(images), "digest": images.digest or fingerprint(images)}
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict] | None:

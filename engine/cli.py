@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import os
 import re
 import sys
@@ -179,6 +180,8 @@ def main(command: Callable[[Sequence[str] | None], None], args: Sequence[str] | 
     Bad input is a ValueError, a missing module, or a file that is not as it should be: one sentence
     on stderr. `python -X dev -m …` shows the traceback instead.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # a path may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command(args)
     except KeyboardInterrupt:
@@ -274,7 +277,8 @@ def neighbour(path: str | os.PathLike) -> str:
     """In brackets, the folder whose name is nearly this one's, which does not exist; or nothing."""
     folder = Path(path).expanduser()
     try:
-        names = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
+        with os.scandir(folder.parent) as entries:  # of a million, some: the comparison is slow
+            names = [entry.name for entry in itertools.islice(entries, 10_000) if entry.is_dir()]
     except OSError:
         return ""
     found = difflib.get_close_matches(folder.name, names, 1)

@@ -48,7 +48,7 @@ class Images:
     unit: bool = False  # batches in [0, 1] in place of [−1, 1]
     skipped: list[str] = field(default_factory=list)  # of unreadable pictures, why
     unreadable: set[int] = field(default_factory=set)  # found so batch by batch
-    order: str = ""  # digest of a folder's names in order, less the unreadable
+    digest: str = ""  # of a folder's names in order, less the unreadable
     file: Callable[[int], str] | None = None  # name of picture i, in a folder
 
     def __len__(self) -> int:
@@ -83,7 +83,12 @@ def open_dataset(
         return _fashion_mnist(data_dir, split, size, channels)
     if not name:
         raise ValueError(f"--dataset is empty: give {CHOICES}")
-    folder = Path(name).expanduser()
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError:  # ~name of no user
+        raise FileNotFoundError(
+            f"--dataset {name}: there is no such user; give {CHOICES}"
+        ) from None
     if folder.is_file():
         raise ValueError(
             f"--dataset {name} is a file: give the folder that holds the pictures, an archive "
@@ -236,7 +241,7 @@ def subset(images: Images, indices: Tensor) -> Images:
         read=read,
         labels=labels,
         unreadable=set(),
-        order="",
+        digest="",
         file=file,
     )
 
@@ -313,7 +318,7 @@ def _folder(
         read=read,
         labels=None if numbers is None else torch.from_numpy(numbers),
         classes=classes,
-        order=names.digest(),
+        digest=names.digest(),
     )
     images.file = lambda i: names[i]
     if cache is not None:
@@ -396,9 +401,9 @@ def _kept(images: Images, pixels: Tensor, unreadable: dict[int, str]) -> Images:
             images.labels = images.labels[left]
         if (whole := images.file) is not None:
             images.file = lambda i: whole(int(left[i]))
-    if images.order:
-        without = f"{images.order} {list(unreadable)}" if unreadable else images.order
-        images.order = hashlib.sha256(without.encode()).hexdigest()
+    if images.digest:
+        without = f"{images.digest} {list(unreadable)}" if unreadable else images.digest
+        images.digest = hashlib.sha256(without.encode()).hexdigest()
     images.pixels, images.read = pixels, None
     images.count -= len(unreadable)
     return images

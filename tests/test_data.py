@@ -274,6 +274,7 @@ def test_unknown_names(tmp_path, monkeypatch):
         ("fashon-mnist", "did you mean fashion-mnist"),
         ("", f"--dataset is empty: give {choices}"),
         ("pictures/a.png", "is a file: give the folder"),
+        ("~nobody-of-this-name/pictures", "there is no such user; give fashion-mnist"),
     ):
         with pytest.raises((ValueError, OSError, ModuleNotFoundError), match=sentence):
             data.open_dataset(name)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import subprocess
 import sys
 
@@ -178,7 +179,7 @@ def test_adobe_inverted_four_colours(read):
 
 
 @pytest.mark.parametrize("orientation", range(10))
-def test_exif_turns_and_broken_exif_does_not(read, orientation):
+def test_exif_turns_and_broken_exif_does_not(read, orientation, monkeypatch):
     square = np.zeros((16, 16), np.uint8)
     square[:8, :8] = 255  # top left
     exif = Image.Exif()
@@ -194,6 +195,8 @@ def test_exif_turns_and_broken_exif_does_not(read, orientation):
     for broken in (b"XX*\0", b"MM\0*\xff\xff\xff\xff", b"II*\0\x08\0\0\0\xff\xff"):
         damaged = data[:at] + broken + data[at + len(broken) :]
         assert read(damaged, channels=1)[0, 1, 1] > 240  # the picture is whole
+    monkeypatch.setattr(Image.Image, "getexif", lambda self: struct.unpack(">I", b""))
+    assert read(data, channels=1)[0, 1, 1] > 240
 
 
 def test_content_decides_not_the_suffix(read, monkeypatch):
@@ -237,14 +240,14 @@ def test_large_jpegs_at_a_fraction_are_the_same_pictures(read, odd, monkeypatch)
         slow = read(data, size=size).astype(int)
         monkeypatch.undo()
         off = np.abs(fast - slow)
-        assert off.max() <= (0 if size == 128 else 3) and off.mean() < 0.5, (size, off.max())
+        assert off.max() <= (0 if size == 128 else 6) and off.mean() < 0.8, (size, off.max())
     sizes = []
     to_array = decoding.to_array
     monkeypatch.setattr(
         decoding, "to_array", lambda p, *a: sizes.append(p.width) or to_array(p, *a)
     )
     read(data, size=16)
-    assert sizes[0] <= 81 and size == 128
+    assert sizes[0] <= 162 and size == 128
 
 
 def test_limits_are_of_what_is_decoded(read, monkeypatch):
@@ -273,3 +276,15 @@ def test_names_are_printable():
     out = io.StringIO()
     print(cli.sentence(FileNotFoundError(2, "No such file", "a\udcff\n")), file=out)
     out.getvalue().encode()
+
+
+@pytest.mark.parametrize("name", ["png", "deep png", "grey alpha", "palette", "bits"])
+def test_a_flipped_bit_in_a_png_is_noticed(read, name):
+    """In its pixels by their checksum; Pillow alone took one in a hundred for another picture."""
+    whole = read(data := picture_files.variants()[name])
+    for at in range(8, len(data), 1 + len(data) // 150):
+        damaged = data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
+        try:
+            assert np.array_equal(read(damaged), whole), at
+        except UnreadableImage as error:
+            assert "a.png: it is" in str(error)
