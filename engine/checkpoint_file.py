@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,18 +33,6 @@ ADVICE = "use another checkpoint, or train again with another --out"
 # What makes the info of a format that of the next one. 1 → 2: checksums came, which a file either
 # has or not.
 MIGRATIONS: dict[int, Callable[[dict], dict]] = {1: lambda info: info}
-DTYPES = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 class CheckpointError(ValueError):
@@ -87,10 +76,7 @@ def write(
             _remove(place)
             place.mkdir(exist_ok=True)
             try:
-                with open(place / path.name, "xb") as file:
-                    _fill(file, tensors, info)
-                    file.flush()
-                    os.fsync(file.fileno())
+                _fill(place / path.name, tensors, info)
                 before()
                 os.replace(place / path.name, path)
             finally:
@@ -102,34 +88,26 @@ def write(
         raise Unsaved(_sentence(path, size, error)) from error
 
 
-def _fill(file, tensors: dict[str, Tensor], info: dict) -> None:
-    """safetensors' layout, which its own writer wants to know whole before it writes a byte: here
-    the checksums are computed while the bytes are written, and the header comes last."""
-    names = sorted(tensors, key=lambda name: -tensors[name].element_size())  # so all are aligned
-    sums = dict.fromkeys(names, "0" * 64)
-    file.seek(len(_header(names, tensors, sums, info)))
+def _fill(path: Path, tensors: dict[str, Tensor], info: dict) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with Sums() as found:
-        for name in names:
-            value = tensors[name].detach().cpu().contiguous()
+        for name, value in values.items():
             found.add(name, value)
-            file.write(_bytes(value))
-        sums = found.all()
-    file.seek(0)
-    file.write(_header(names, tensors, sums, info))
-
-
-def _header(names: list[str], tensors: dict[str, Tensor], sums: dict, info: dict) -> bytes:
-    text = json.dumps({**info, "format": FORMAT, "sums": sums})
+        text = json.dumps({**info, "format": FORMAT, "sums": found.all()})
     metadata = {KEY: text, SUM: hashlib.sha256(text.encode()).hexdigest()}
-    header, end = {"__metadata__": metadata}, 0
-    for name in names:
-        t = tensors[name]
-        start, end = end, end + t.numel() * t.element_size()
-        entry = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
-        header[name] = entry
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    return len(encoded).to_bytes(8, "little") + encoded
+    try:
+        save_file(values, path, metadata)
+    except SafetensorError as error:  # "I/O error: No space left on device (os error 28)"
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+    with open(path, "rb+") as file:
+        os.fchmod(file.fileno(), 0o666 & ~_umask())  # safetensors makes it the user's own
+        os.fsync(file.fileno())
 
 
 class Sums:
@@ -170,6 +148,12 @@ def _remove(place: Path) -> None:
         shutil.rmtree(place, ignore_errors=True)
     else:
         place.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sentence(path: Path, size: int, error: OSError) -> str:
