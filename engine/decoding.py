@@ -256,7 +256,8 @@ def scaled(values: np.ndarray, whites: tuple[int, ...]) -> np.ndarray:
 
     NaN is black, an infinity black or white.
     """
-    values = values.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a NaN may be one that signals
+        values = values.astype(np.float64)
     finite = np.isfinite(values)
     low = values.min(where=finite, initial=np.inf)
     high = values.max(where=finite, initial=-np.inf)
