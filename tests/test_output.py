@@ -43,7 +43,7 @@ def test_a_row_that_fails_is_a_row_less(tmp_path, monkeypatch, capsys):
     with metrics.Log(tmp_path, 0, False) as log:
         for step in (1, 2):
             log.write(step, {"loss": 1.0})
-        real = log.file.file
+        real = log.metrics.file
 
         class Full:
             room = 9
@@ -54,10 +54,10 @@ def test_a_row_that_fails_is_a_row_less(tmp_path, monkeypatch, capsys):
                 written, self.room = real.write(data[: self.room]), 0
                 return written
 
-        log.file.file = Full()
+        log.metrics.file = Full()
         for step in (3, 4):
             log.write(step, {"loss": 1.0})
-        log.file.file = real
+        log.metrics.file = real
         log.write(5, {"loss": float("nan")})
     assert path.read_text() == line % 1 + line % 2 + '{"step": \n{"step": 5, "loss": null}\n'
     assert rows(tmp_path) == [1, 2, 5]
