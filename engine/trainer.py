@@ -204,6 +204,8 @@ class Trainer:
             kept = self.folder / "checkpoints" / f"step_{self.step:06d}.safetensors"
             kept.parent.mkdir(exist_ok=True)
             checkpoint.save(kept, tensors, info)
+        del tensors
+        self.execution.tidy()
 
     def restore(self, tensors: dict[str, Tensor], info: dict) -> None:
         """Puts in a checkpoint's EMA, optimiser, t sampler and counters; the model is there.
@@ -339,6 +341,7 @@ class Trainer:
                         path = self.folder / "samples" / f"step_{self.step:06d}.png"
                         plots.grid(self.sample(16), path)
                         log.image(self.step, path)
+                        self.execution.tidy()
             finally:
                 progress.close()
                 stream.close()
