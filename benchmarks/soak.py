@@ -1,12 +1,16 @@
-"""What a training run survives: kill -9 at random moments while it saves.
+"""What a training run survives: kill -9 while it saves, signals at random moments, many steps.
 
     python benchmarks/soak.py --kills 100 --out /tmp/soak        # a minute
+    python benchmarks/soak.py --minutes 20 --out /tmp/soak       # soak_training.py
+    python benchmarks/soak.py --memory --out /tmp/soak           # two minutes; soak_memory.py
 
-A process does nothing but save checkpoints one after the other, of random sizes, and is killed at a
-random moment. Then the folder's newest checkpoint must load whole, with matching checksums, the
-very numbers that were saved, and a step not older than the last one that the process reported as
-saved. So --kills times in one folder, whatever the kill before has left in it. Writes the counts to
---results, under "kills"; exits with 1 if one checkpoint did not load.
+--kills: a process does nothing but save checkpoints one after the other, of random sizes, and is
+killed at a random moment. Then the folder's newest checkpoint must load whole, with matching
+checksums, the very numbers that were saved, and a step not older than the last one that the process
+reported as saved. So --kills times in one folder, whatever the kill before has left in it.
+
+Each writes its figures to --results, under "kills", "training" or "memory", and exits with 1 where
+what must hold does not.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from pathlib import Path
 
 import torch
 from conftest import cpu_name
+from soak_memory import memory
+from soak_training import training
 
 from engine import checkpoint
 
@@ -143,25 +149,46 @@ def circumstances() -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=0, help="kill -9 while saving, so many times")
+    parser.add_argument("--minutes", type=float, default=0, help="train/kill/resume for so long")
+    parser.add_argument("--memory", action="store_true", help="resident memory of 2,000 steps")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON to write")
     args = parser.parse_args()
-    if args.kills < 1:
-        parser.error("--kills must be at least 1")
+    if (args.kills >= 1) + (args.minutes > 0) + args.memory != 1:
+        parser.error("give one of --kills (at least 1), --minutes (above 0) and --memory")
     if args.out.exists() and any(args.out.iterdir()):
         parser.error(f"--out {args.out} is not empty: give another folder")
+    if args.minutes:
+        name, found = "training", training(args.minutes, args.out, args.seed)
+        held = found["equal"]
+        sentence = (
+            f"{sum(found['kills'].values())} kills, {found['resumes']} resumes, {found['steps']} "
+            f"steps ({found['steps_redone']} more of them done twice): the end is "
+            f"{'the same' if held else 'another'} as undisturbed"
+        )
+    elif args.memory:
+        name, found = "memory", memory(args.out)
+        held, rss = found["flat"], found["VmRSS"]
+        sentence = (
+            f"{found['steps']} steps after {found['warmup']}: {rss['least']} … {rss['greatest']} "
+            f"MB resident, at most {100 * rss['off_median']:.2f} % from the median"
+        )
+    else:
+        name, found = "kills", kills(args.kills, args.out, args.seed)
+        held = not found["faults"]
+        sentence = (
+            f"{found['loadable']} of {found['kills']} kills left a checkpoint that loads whole; "
+            f"{found['inside_a_save']} landed inside a save"
+        )
     results = json.loads(args.results.read_text()) if args.results.exists() else {}
-    found = kills(args.kills, args.out, args.seed)
-    results["kills"] = {**found, "machine": circumstances()}
+    results[name] = {**found, "machine": circumstances()}
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(json.dumps(results, indent=1) + "\n")
-    print(
-        f"{found['loadable']} of {found['kills']} kills left a checkpoint that loads whole; "
-        f"{found['inside_a_save']} landed inside a save; {found['seconds']} s → {args.results}"
-    )
-    print("\n".join(found["faults"]), end="")
-    return 1 if found["faults"] else 0
+    print(f"{sentence}; {found['seconds']} s → {args.results}")
+    for fault in (*found.get("faults", []), *found.get("differences", [])):
+        print(fault)
+    return 0 if held else 1
 
 
 if __name__ == "__main__":

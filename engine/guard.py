@@ -103,14 +103,18 @@ class Guard:
         return median, median + max(SPREADS * (q95 - median), SHARE * abs(median))
 
     def rescale(self, counts: bool, overflow: bool, scale: float) -> None:
-        """Doubles the scale after GROWTH good steps; halves it where the gradient overflowed."""
+        """Doubles the scale after GROWTH good steps; halves it where the gradient overflowed.
+
+        The judgement decides, not what this process's scaler has seen of a gradient: a norm may
+        overflow alone, and another process may hold the part that did.
+        """
         if not self.scaler.is_enabled():
             return
         self.scaler.update()
-        if overflow:  # of the norm alone, perhaps, which the scaler does not see
-            self.scaler.update(max(LOWEST_SCALE, min(self.scaler.get_scale(), scale / 2)))
-        elif not counts:  # a forward pass that overflows does so at any scale
-            self.scaler.update(scale)
+        if not counts:  # a forward pass that overflows does so at any scale
+            lower = max(LOWEST_SCALE, scale / 2) if overflow else scale
+            changed = {"scale": lower, "_growth_tracker": 0}
+            self.scaler.load_state_dict(self.scaler.state_dict() | changed)
 
     def tell(self, step: int) -> None:
         """One line on the screen for the event, unless there was one a few steps ago."""

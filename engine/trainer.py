@@ -249,6 +249,8 @@ class Trainer:
             kept = self.folder / "checkpoints" / f"step_{self.step:06d}.safetensors"
             kept.parent.mkdir(exist_ok=True)
             checkpoint.save(kept, tensors, info)
+        del tensors
+        self.execution.tidy()
 
     def restore(self, tensors: dict[str, Tensor], info: dict) -> None:
         """Puts in a checkpoint's EMA, optimiser, t sampler and counters; the model is there.
@@ -359,6 +361,7 @@ class Trainer:
                         self.save()
                     if c.sample_every and self.step % c.sample_every == 0 and self.step < c.steps:
                         drawing.grid(self, log)
+                        self.execution.tidy()
             finally:
                 progress.close()
                 stream.close()

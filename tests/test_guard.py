@@ -298,18 +298,17 @@ def test_at_its_lowest_the_scale_is_no_excuse():
                                                (0.3, math.inf, 4), (0.3, math.nan, 4)])  # fmt: skip
 def test_what_the_scale_does_after_a_step(loss, norm, after):
     """A forward pass that overflows does so at any scale; a norm may overflow alone."""
-    judge = new(torch.float16)
-    judge.load_state_dict({"scale": torch.tensor(8.0), "growth": torch.tensor(1)})
     p = torch.nn.Parameter(torch.zeros(1))
     for gradient in (1.0, norm):  # the scaler sees the overflow itself, or not
+        judge = new(torch.float16)
         judge.load_state_dict({"scale": torch.tensor(8.0), "growth": torch.tensor(1)})
         p.grad = torch.tensor([gradient])
         assert judge.scale(CPU).item() == 8
         judge.scaler.unscale_(torch.optim.SGD([p]))
         judge.judge(1, loss, norm, 8.0)
         assert judge.scale(CPU).item() == after
+        assert judge.state_dict()["growth"] == (2 if after == 8 and math.isfinite(loss) else 0)
         assert (judge.streak == 1) == math.isnan(loss)
-        judge = new(torch.float16)
 
 
 def test_fp16_samples(work):
