@@ -92,7 +92,7 @@ class TrainConfig:
     ] = None
     """Optimiser steps in all, those before a --resume included."""
     batch: Annotated[int | None, cli.left_out("32, with another --preset 128")] = None
-    """Pictures per optimiser step."""
+    """Pictures per optimiser step, of all processes together."""
     accumulate: int = 1
     """Pieces in which a batch is computed, to save memory; must divide --batch."""
     lr: Annotated[float | None, cli.left_out("0.002, with another --preset 0.0002")] = None

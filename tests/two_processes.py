@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def torchrun(*arguments, cwd, processes=2, options=(), timeout=100, **environment):
+def torchrun(*arguments, cwd, processes=2, options=(), timeout=240, **environment):
     """`torchrun --nproc-per-node=2 ARGUMENTS` → the ended process; TimeoutExpired if it hangs."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
