@@ -167,7 +167,7 @@ class Masters(Training):
 def sampling(theirs: torch.nn.Module, ours: torch.nn.Module, name: str, batch: int) -> dict:
     """(steps, dtype, x_T or None) → images in [0, 1]: whole samplings by DDIM, a function each.
 
-    Ours packs its weights in each; theirs makes arrays of its images. Not given x_T they draw it.
+    Ours packs its weights in each. Not given x_T they draw it.
     """
     scheduler = diffusers.DDIMScheduler()  # 0, i, 2i, … of 1000 steps, x̂_0 clipped
     process = engine.Diffusion(engine.schedules.betas("linear", 1000))
@@ -182,14 +182,14 @@ def sampling(theirs: torch.nn.Module, ours: torch.nn.Module, name: str, batch: i
         draw = pipeline_ddim.randn_tensor
         if start is not None:
             pipeline_ddim.randn_tensor = lambda *_, **__: start.to(dtype)
-        options = {"num_inference_steps": steps, "output_type": "np"}
+        options = {"num_inference_steps": steps, "output_type": "pt"}
         if start is not None:  # as ours: ε of the clipped x̂_0; as it comes it leaves that out
             options["use_clipped_model_output"] = True
         try:
             images = pipelines[dtype](batch, **options).images
         finally:
             pipeline_ddim.randn_tensor = draw
-        return torch.from_numpy(images).permute(0, 3, 1, 2)
+        return images
 
     def sample(steps: int, dtype: torch.dtype, start: torch.Tensor | None) -> torch.Tensor:
         noise = None if start is None else lambda k: start
