@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 FORMAT = 2
-THREADED = 2**16  # bytes of a tensor from which on a thread is worth its while
+THREADED = 2**18  # bytes of a tensor from which on a thread is worth its while
 KEY = "diffusion_engine"
 SUM = "diffusion_engine.sha256"
 ADVICE = "use another checkpoint, or train again with another --out"
