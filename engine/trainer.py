@@ -30,7 +30,7 @@ from .signals import Signals, Stopped
 from .torchrun import job
 
 if TYPE_CHECKING:
-    from .train import TrainConfig
+    from .train_config import TrainConfig
 
 
 # --- the loop -----------------------------------------------------------------------------------

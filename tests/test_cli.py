@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import engine
-from engine import checkpoint, checkpoint_file, cli, dispatch, resume, samplers, train
+from engine import checkpoint, checkpoint_file, cli, dispatch, resume, samplers, train, train_config
 from engine import sample as sample_function
 
 
@@ -122,7 +122,7 @@ def test_help_teaches_every_option(main, capsys):
     words = " ".join(said.replace("│", " ").split())
     assert words.count("(default: ") + words.count("(required)") == len(config.__dataclass_fields__)
     if module is train:  # the text states what the recipes hold
-        for recipe in train.RECIPES.values():
+        for recipe in train_config.RECIPES.values():
             for value in recipe.values():
                 assert re.search(rf"\b{value:g}\b".replace("e+05", "00000"), said), value
 

@@ -25,7 +25,7 @@ LAYERS = (
     "evaluation",
     "cache plots guard signals",
     "drawing",
-    "trainer domain_classifier resume",
+    "trainer domain_classifier resume train_config",
     "train sample scores",
     "scoring train_classifier ablation_report verification",
     "evaluate ablation verify",

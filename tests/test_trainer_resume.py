@@ -157,8 +157,9 @@ def test_checkpoints_that_stay(work):
     (work / "branch").mkdir()
     shutil.copy(kept[1], work / "branch" / checkpoint.FILE)
     train(resumed(work / "branch", steps=7, keep_every=0))
+    branch = weights(work / "branch")
     for name, value in weights(work / "run").items():
-        assert torch.equal(weights(work / "branch")[name], value), name
+        assert torch.equal(branch[name], value), name
     shutil.rmtree(work / "run" / "checkpoints")
     (work / "run" / "checkpoints").touch()
     with pytest.raises(ValueError, match=r"--keep-every: cannot write.*it is a file"):
