@@ -73,9 +73,7 @@ def folders(tmp_path_factory):
     finally:
         os.chdir(before)
         torch.set_num_threads(threads)
-    done = torchrun(
-        Path(__file__).with_name("dealt_commands.py"), "commands.json", cwd=both, timeout=40
-    )
+    done = torchrun(Path(__file__).with_name("dealt_commands.py"), "commands.json", cwd=both)
     assert done.returncode == 0, done.stderr + (both / "said.0").read_text()
     return alone, both
 
@@ -158,7 +156,7 @@ def test_an_error_on_one_process_ends_all_with_one_sentence(folders, failing, co
     records = (both / "run" / "evaluation.json").read_bytes()
     options = ["kept"] if command is EVALUATE else ["--out", "no.png"]
     options += ["-n", "6", "--batch", "2"]
-    done = torchrun("failing.py", failing, *command, *options, cwd=both, timeout=60)
+    done = torchrun("failing.py", failing, *command, *options, cwd=both)
     assert done.returncode != 0
     assert done.stderr.count("error: a file: No space left on device") == 1, done.stderr
     assert done.stderr.count("error: ") == 1 and "gloo" not in done.stderr, done.stderr

@@ -82,7 +82,7 @@ def by_one(place, *runs) -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
 
