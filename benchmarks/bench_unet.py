@@ -73,8 +73,9 @@ def record(benchmark, taken: dict, **more) -> None:
 
 @pytest.mark.parametrize("name, batch", STEPS, ids=[f"{n}-{b}" for n, b in STEPS])
 def bench_denoising_step(benchmark, name, batch):
-    """All contenders in one process, and a fresh one per case: what OpenVINO leaves behind in its
-    process takes 4 ms more of every later step of batch 1."""
+    """Contenders in one process, and a fresh one per case: what OpenVINO leaves behind in its
+    process takes 4 ms more of every later step of batch 1. OpenVINO comes after the others, and our
+    model on PyTorch's ops alone, which the environment asks for, has the process after theirs."""
     found = child("step", name, batch)
     if name == "small":
         eager = child("step on PyTorch's ops", name, batch, ENGINE_BACKEND="eager")

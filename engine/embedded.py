@@ -71,7 +71,8 @@ class Embedded:
     """A UNet as a sampling run calls it, (x, t) or (x, t, y), without autocast: that costs a
     microsecond per operator.
 
-    `expect` tells the steps and labels of the run; calls of another t are right too.
+    `expect` tells the steps and labels of the run. All images of a call have one t, as a sampler's
+    do: the first is looked at. Calls of a t that is not expected are right too.
     """
 
     def __init__(self, model: nn.Module) -> None:

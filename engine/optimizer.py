@@ -28,6 +28,9 @@ class AdamW(torch.optim.AdamW):
                 continue
             if grads[i].stride() != p.stride():  # as flat memory it is another one's gradient
                 grads[i] = torch.empty_like(p).copy_(grads[i])
+            for tensors in moments:  # of a state that was loaded, or made in another layout
+                if tensors and tensors[i].stride() != p.stride():
+                    tensors[i].data = torch.empty_like(p).copy_(tensors[i])
             for tensors in (params, grads, *moments):
                 if tensors:  # one moment more with amsgrad
                     tensors[i] = tensors[i].detach().permute(0, 2, 3, 1)

@@ -115,7 +115,9 @@ def statistics(
         pieces = order.split(PIECE)
 
         def features_of(mine: range) -> Iterator[tuple[Tensor, Tensor]]:
-            chosen = torch.cat([order[:0], *(pieces[i] for i in mine)])
+            if not mine:  # more processes than pieces
+                return iter(())
+            chosen = torch.cat([pieces[i] for i in mine])
             return extractor(data.in_order(images, chosen, PIECE), len(chosen), what)
 
         made = deal(processes, len(pieces), features_of)

@@ -53,6 +53,44 @@ def test_pictures_and_gradients(form, layout):
     assert torch.allclose(got, truth, atol=1e-5)
 
 
+def views(shape):
+    """The layouts in which a tensor of this shape may come."""
+    n, c, h, w = shape
+    yield torch.randn(shape)
+    yield torch.randn(n, h, w, c).permute(0, 3, 1, 2)
+    yield torch.randn(n, h, w, c + 2).permute(0, 3, 1, 2)[:, 1:-1]
+    yield torch.randn(n, c + 2, h, w)[:, 1:-1]
+    yield torch.randn(n, c, w, h).transpose(2, 3)
+    yield torch.randn(n, 1, h, w).expand(shape)
+
+
+@pytest.mark.parametrize("factors", [(2, 2), (1, 2), (4, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 3), (1, 1, 5, 3), (2, 3, 1, 1), (2, 3, 1, 3)], ids=str)
+def test_layout_and_memory(shape, factors):
+    """The result's own, whatever factors and sides are 1: a view would be written through."""
+    for x in views(shape):
+        expected = F.interpolate(x, scale_factor=factors)
+        out = nearest.upsampled(x, *factors)
+        assert torch.equal(out, expected) and out.stride() == expected.stride()
+        assert out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("size", [(4, 4), (8, 8)], ids=["as it was", "of one pixel"])
+def test_written_in_place(size):
+    """x + y of a U-Net whose decoder is brought to its skip's size, and then written into."""
+
+    def function(x):
+        y = F.interpolate(x, size=size)
+        y += 1
+        return y.sum() + x.sum()
+
+    x = torch.randn(2, 3, *((4, 4) if size == (4, 4) else (1, 1)))
+    mine, theirs = x.clone(), x.clone()
+    out, _, replaced = captured(function, mine)
+    assert len(replaced) == 1
+    assert torch.equal(out, function(theirs)) and torch.equal(mine, x)
+
+
 def test_sizes_that_change():
     """A factor holds for all sizes; a size is a factor for one alone."""
     x = torch.randn(2, 3, 5, 6)

@@ -47,6 +47,31 @@ def test_gradients_of_another_layout():
         assert torch.allclose(p, q, atol=1e-6)
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_moments_of_another_layout(amsgrad):
+    """PyTorch's kernel takes them, too, for those of other elements: a state that is loaded keeps
+    the layout that it was saved in."""
+
+    def two_halves(make, **options):
+        ps, before = steps(make, torch.contiguous_format, amsgrad=amsgrad, **options)
+        ps = [p.detach().to(memory_format=torch.channels_last) if p.dim() == 4 else p for p in ps]
+        after = make([torch.nn.Parameter(p.detach()) for p in ps], lr=0.1, **options)
+        after.load_state_dict(before.state_dict())
+        ps = after.param_groups[0]["params"]
+        for _ in range(2):
+            for i, p in enumerate(ps):
+                p.grad = torch.empty_like(p).copy_(torch.linspace(-1, i, p.numel()).view(p.shape))
+            after.step()
+        return ps, after
+
+    mine, state = two_halves(AdamW, fused=True)
+    plain, truth = two_halves(torch.optim.AdamW, foreach=False)
+    for p, q in zip(mine, plain, strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+        for key in state.state[p]:
+            assert torch.allclose(state.state[p][key], truth.state[q][key], atol=1e-6)
+
+
 def test_no_gradient_is_copied():
     p = torch.nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last))
     optimizer = AdamW([p], fused=True)

@@ -9,6 +9,7 @@ from engine import cache, data, domain_classifier, inception
 
 pytest.importorskip("torchmetrics")
 from engine import scores
+from engine.distributed import Processes
 
 CPU = torch.device("cpu")
 RECIPE = {**domain_classifier.RECIPE, "widths": (8, 8, 16), "epochs": 6, "batch": 16}
@@ -264,3 +265,18 @@ def test_inception_weights_are_found_or_asked_for(tmp_path, monkeypatch):
             file.write_bytes(content)
         with pytest.raises(ValueError, match="does not hold the Inception weights"):
             inception.load(file)
+
+
+def test_more_processes_than_pieces(tmp_path):
+    """One has no picture of a data set that is decoded batch by batch."""
+
+    class Idle(Processes):
+        def broadcast(self, thing):
+            return True
+
+        def to_first(self, tensors):
+            return tensors.append("sent") if len(tensors[0]) else None
+
+    images = data.Images("x", 20, 1, 4, read=lambda i: pytest.fail("a picture is decoded"))
+    extractor = scores.Extractor("x", "x", lambda x: pytest.fail("features are computed"))
+    assert scores.statistics(extractor, images, tmp_path, "x", Idle(1, 2)) is None

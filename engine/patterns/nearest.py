@@ -10,7 +10,8 @@ that are powers of two, for which i // f is what PyTorch's scales in float32 giv
 """
 
 import torch.nn.functional as F
-from torch import Tensor, channels_last
+from torch import Tensor, channels_last, contiguous_format
+from torch._prims_common import suggest_memory_format
 from torch.fx import Node
 
 from .nodes import arguments, calls, emit, number, put, value, where
@@ -21,10 +22,17 @@ NAME = "nearest upsampling without a scatter"
 
 def upsampled(x: Tensor, f: int, g: int) -> Tensor:  # (N, C, H, W) → (N, C, f·H, g·W), x's layout
     n, c, h, w = x.shape
-    if x.is_contiguous(memory_format=channels_last) and not x.is_contiguous():
-        rows = x.permute(0, 2, 3, 1)[:, :, None, :, None]
-        return rows.expand(n, h, f, w, g, c).reshape(n, h * f, w * g, c).permute(0, 3, 1, 2)
-    return x[:, :, :, None, :, None].expand(n, c, h, f, w, g).reshape(n, c, h * f, w * g)
+    if suggest_memory_format(x) == channels_last:
+        rows = _copied(x.permute(0, 2, 3, 1)[:, :, None, :, None], (n, h, f, w, g, c))
+        return rows.view(n, h * f, w * g, c).permute(0, 3, 1, 2)
+    rows = _copied(x[:, :, :, None, :, None], (n, c, h, f, w, g))
+    return rows.view(n, c, h * f, w * g)
+
+
+def _copied(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Memory of its own, as F.interpolate's result: factors or sides of 1 would leave a view of x,
+    and what writes into the result would write into x."""
+    return x.expand(shape).clone(memory_format=contiguous_format)
 
 
 def rewrite(node: Node) -> Node | None:
