@@ -244,12 +244,18 @@ class Trainer:
         }
         if job() is not None:
             info["job"] = job()  # torchrun's: should it start again, the run goes on
-        checkpoint.save(self.folder / checkpoint.FILE, tensors, info, c.keep_last)
+        failed = None
         if c.keep_every and self.step and self.step % c.keep_every == 0:
+            # Before the one to go on from: a run that is killed in between comes here again.
             kept = self.folder / "checkpoints" / f"step_{self.step:06d}.safetensors"
-            kept.parent.mkdir(exist_ok=True)
-            checkpoint.save(kept, tensors, info)
-        del tensors
+            try:
+                kept.parent.mkdir(exist_ok=True)
+                checkpoint.save(kept, tensors, info)
+            except OSError as error:
+                failed = error
+        checkpoint.save(self.folder / checkpoint.FILE, tensors, info, c.keep_last)
+        if failed is not None:
+            raise failed
         self.execution.tidy()
 
     def restore(self, tensors: dict[str, Tensor], info: dict) -> None:

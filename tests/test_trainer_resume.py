@@ -166,6 +166,40 @@ def test_checkpoints_that_stay(work):
         train(resumed(work / "run", steps=9, keep_every=1))
 
 
+def test_no_checkpoint_that_stays_is_left_out(work, monkeypatch):
+    """Killed between the two of a step, the run comes there again; one that cannot be written does
+    not keep the other from being so."""
+    real = checkpoint.save
+
+    def save(path, tensors, info, keep_last=None):
+        if info["step"] == 4 and monkeypatch.second:
+            raise KeyboardInterrupt
+        monkeypatch.second = info["step"] == 4
+        real(path, tensors, info, keep_last)
+
+    monkeypatch.second = False
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(work, keep_every=2))
+    monkeypatch.setattr(checkpoint, "save", real)
+    train(resumed(work / "run"))
+    stay = work / "run" / "checkpoints"
+    assert [checkpoint.step_of(path) for path in sorted(stay.iterdir())] == [2, 4, 6]
+    shutil.rmtree(stay)
+    stay.symlink_to(work / "nowhere")
+    with pytest.raises(OSError):
+        train(resumed(work / "run", steps=8))
+    assert checkpoint.read(work / "run")[1]["step"] == 8
+
+
+def test_what_ends_before_the_run_begins_leaves_no_files_of_one(work):
+    for name in ("run", "empty"):
+        (work / name).mkdir()
+    with pytest.raises(ValueError, match="empty"):
+        train(config(work, dataset=str(work / "empty"), keep_every=2))
+    assert not list((work / "run").iterdir())
+
+
 def test_events_after_the_checkpoint_do_not_come_twice(work, eventful, monkeypatch):
     """Nor those of a run that was killed before its first checkpoint with a step done."""
     whole = train(config(work, out=work / "whole", steps=16, precision="fp32"))
