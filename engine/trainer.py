@@ -8,6 +8,7 @@ that was interrupted and resumed ends with the weights of one that was not.
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 import sys
 import time
@@ -359,7 +360,8 @@ class Trainer:
                         name = signal.Signals(stop).name
                         raise Stopped(
                             f"{name}: stopped and saved at step {self.step} of {c.steps}; "
-                            f"go on with: python -m engine.train --resume {self.folder}",
+                            "go on with: python -m engine.train --resume "
+                            f"{shlex.quote(str(self.folder))}",
                             128 + stop,
                         )
                     due = self.step % c.save_every == 0 or self.step == c.steps

@@ -107,14 +107,15 @@ def test_a_signal_saves_and_stops(work, monkeypatch, number):
         return real(self, x, y)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
-    with pytest.raises(Stopped, match=r"saved at step 4 of 6.*--resume") as stopped:
-        train(config(work))
+    run = work / "my run"
+    with pytest.raises(Stopped, match=r"saved at step 4 of 6.*--resume '.*my run'$") as stopped:
+        train(config(work, out=run))
     assert stopped.value.code == 128 + number and signal.getsignal(number) == before
-    assert checkpoint.read(work / "run")[1]["step"] == 4
+    assert checkpoint.read(run)[1]["step"] == 4
     monkeypatch.setattr(Trainer, "train_step", real)
-    train(resumed(work / "run"))
+    train(resumed(run))
     straight = train(config(work, out=work / "straight"))
-    mine = weights(work / "run")
+    mine = weights(run)
     assert all(torch.equal(mine[k], v) for k, v in weights(straight).items())
 
 
