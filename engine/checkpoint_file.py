@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -100,13 +100,17 @@ def _fill(path: Path, tensors: dict[str, Tensor], info: dict) -> None:
     metadata = {KEY: text, SUM: hashlib.sha256(text.encode()).hexdigest()}
     try:
         save_file(values, path, metadata)
-    except SafetensorError as error:  # "I/O error: No space left on device (os error 28)"
-        number = re.search(r"\(os error (\d+)\)", str(error))
+    except SafetensorError as error:
+        # "I/O error: No space left on device (os error 28)"; before 0.6 "IoError(Os { code: 28, …"
+        number = re.search(r"(?:\(os error|\bOs { code:) (\d+)", str(error))
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
     with open(path, "rb+") as file:
-        os.fchmod(file.fileno(), 0o666 & ~_umask())  # safetensors makes it the user's own
+        # safetensors makes it the user's own; here it gets what the umask has left of the folder's
+        # mode. To ask for the umask is to change it, for all threads. A disk may know no modes.
+        with contextlib.suppress(OSError):
+            os.fchmod(file.fileno(), 0o666 & path.parent.stat().st_mode)
         os.fsync(file.fileno())
 
 
@@ -150,12 +154,6 @@ def _remove(place: Path) -> None:
         place.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _sentence(path: Path, size: int, error: OSError) -> str:
     reason = error.strerror or str(error)
     free = ""
@@ -184,7 +182,7 @@ def read(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
     from safetensors import safe_open
 
     try:
-        with safe_open(path, framework="pt") as opened:
+        with _named(path) as name, safe_open(name, framework="pt") as opened:
             names, metadata = list(opened.keys()), opened.metadata() or {}
             info, sums = _info(path, names, metadata)
             tensors = {k: opened.get_tensor(k) for k in names if k.startswith(prefix)}
@@ -202,6 +200,20 @@ def read(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
             f"{path} is not a readable checkpoint ({path.stat().st_size} bytes; truncated, damaged "
             f"or of another kind): {reason}; {ADVICE}"
         ) from None
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[str]:
+    """A name for the file that is UTF-8, which safetensors asks of what it reads."""
+    text = os.fspath(path)
+    if text.encode(errors="replace") == os.fsencode(path):
+        yield text
+        return
+    file = os.open(path, os.O_RDONLY)
+    try:
+        yield f"/dev/fd/{file}"
+    finally:
+        os.close(file)
 
 
 def _info(path: Path, names: list[str], metadata: dict) -> tuple[dict, dict | None]:

@@ -88,7 +88,8 @@ def carry_out(config: TrainConfig, processes, stack: contextlib.ExitStack) -> Pa
     if config.keep_every:
         kept = folder / "checkpoints"
         processes.on_first(
-            lambda: cli.make_writable(kept, "--keep-every") if folder.exists() else None
+            # It is not made before the run is: what ends until then would leave files of one.
+            lambda: cli.make_writable(kept, "--keep-every") if kept.exists() else None
         )
     config, images = open_pictures(config, processes, size, channels)
     if info is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -231,7 +232,7 @@ class Run:
                 if signals.caught:
                     raise cli.Failed(
                         f"stopped and saved at step {self.step} of {c.steps}; go on with: {PROG} "
-                        f"--resume {c.out}",
+                        f"--resume {shlex.quote(str(c.out))}",
                         128 + signals.caught,
                     )
         stream.close()

@@ -8,6 +8,7 @@ that was interrupted and resumed ends with the weights of one that was not.
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 import sys
 import time
@@ -244,12 +245,18 @@ class Trainer:
         }
         if job() is not None:
             info["job"] = job()  # torchrun's: should it start again, the run goes on
-        checkpoint.save(self.folder / checkpoint.FILE, tensors, info, c.keep_last)
+        failed = None
         if c.keep_every and self.step and self.step % c.keep_every == 0:
+            # Before the one to go on from: a run that is killed in between comes here again.
             kept = self.folder / "checkpoints" / f"step_{self.step:06d}.safetensors"
-            kept.parent.mkdir(exist_ok=True)
-            checkpoint.save(kept, tensors, info)
-        del tensors
+            try:
+                kept.parent.mkdir(exist_ok=True)
+                checkpoint.save(kept, tensors, info)
+            except OSError as error:
+                failed = error
+        checkpoint.save(self.folder / checkpoint.FILE, tensors, info, c.keep_last)
+        if failed is not None:
+            raise failed
         self.execution.tidy()
 
     def restore(self, tensors: dict[str, Tensor], info: dict) -> None:
@@ -353,7 +360,8 @@ class Trainer:
                         name = signal.Signals(stop).name
                         raise Stopped(
                             f"{name}: stopped and saved at step {self.step} of {c.steps}; "
-                            f"go on with: python -m engine.train --resume {self.folder}",
+                            "go on with: python -m engine.train --resume "
+                            f"{shlex.quote(str(self.folder))}",
                             128 + stop,
                         )
                     due = self.step % c.save_every == 0 or self.step == c.steps

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint import SMALL, content
 
@@ -60,6 +60,23 @@ def test_every_dtype_shape_and_layout_comes_back(tmp_path, dtype):
             assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
     assert checkpoint_file.read(path)[1] == {"α": [1, None, "\n"], "format": 2}
     assert checkpoint_file.read(path, "v")[0].keys() == {"view"}
+
+
+def test_a_folder_whose_name_is_no_utf_8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this disk has no such names")
+    tensors, info = content(0.5)
+    for step in (3, 4):
+        checkpoint.save(folder / checkpoint.FILE, tensors, info | {"step": step}, keep_last=2)
+    assert [checkpoint.step_of(file) for file in checkpoint.files(folder)] == [4, 3]
+    found, _ = checkpoint.read(folder)
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    (folder / checkpoint.FILE).write_bytes(b"")
+    with pytest.raises(Damaged, match="truncated"):
+        checkpoint.read(folder / checkpoint.FILE)
 
 
 def test_a_byte_that_has_changed_is_told(file):
@@ -156,6 +173,12 @@ def test_a_damaged_file_of_the_cache_is_made_anew(tmp_path):
     assert cache.load(path) is None
 
 
+def test_the_umask_stays_as_it_is(tmp_path, monkeypatch):
+    """It is all threads': one that makes a file meanwhile would make it for everyone to write."""
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask was changed"))
+    checkpoint_file.write(tmp_path / "a.safetensors", {"x": torch.ones(3)}, {})
+
+
 # --- where it cannot be written -----------------------------------------------------------------
 
 BIG = {"x": torch.ones(150_000)}  # 600 kB
@@ -211,6 +234,36 @@ def largest_file(size: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_without_modes(tmp_path, monkeypatch):
+    """FAT refuses those that it cannot keep."""
+
+    def fchmod(file, mode):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fchmod", fchmod)
+    checkpoint_file.write(tmp_path / "a.safetensors", BIG, INFO)
+    assert torch.equal(checkpoint_file.read(tmp_path / "a.safetensors")[0]["x"], BIG["x"])
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "I/O error: No space left on device (os error 28)",
+        "Error while serializing: I/O error: No space left on device (os error 28)",
+        'Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space" })',
+    ],
+)
+def test_how_versions_of_safetensors_tell_of_a_full_disk(tmp_path, monkeypatch, told):
+    path = tmp_path / checkpoint.FILE
+    checkpoint.save(path, BIG, INFO, keep_last=3)
+
+    def save_file(*arguments):
+        raise SafetensorError(told)
+
+    monkeypatch.setattr("safetensors.torch.save_file", save_file)
+    assert "No space left on device" in assert_kept(path)
 
 
 @pytest.mark.parametrize("size", [0, 1000, 300_000, 600_000])

@@ -107,14 +107,15 @@ def test_a_signal_saves_and_stops(work, monkeypatch, number):
         return real(self, x, y)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
-    with pytest.raises(Stopped, match=r"saved at step 4 of 6.*--resume") as stopped:
-        train(config(work))
+    run = work / "my run"
+    with pytest.raises(Stopped, match=r"saved at step 4 of 6.*--resume '.*my run'$") as stopped:
+        train(config(work, out=run))
     assert stopped.value.code == 128 + number and signal.getsignal(number) == before
-    assert checkpoint.read(work / "run")[1]["step"] == 4
+    assert checkpoint.read(run)[1]["step"] == 4
     monkeypatch.setattr(Trainer, "train_step", real)
-    train(resumed(work / "run"))
+    train(resumed(run))
     straight = train(config(work, out=work / "straight"))
-    mine = weights(work / "run")
+    mine = weights(run)
     assert all(torch.equal(mine[k], v) for k, v in weights(straight).items())
 
 
@@ -164,6 +165,40 @@ def test_checkpoints_that_stay(work):
     (work / "run" / "checkpoints").touch()
     with pytest.raises(ValueError, match=r"--keep-every: cannot write.*it is a file"):
         train(resumed(work / "run", steps=9, keep_every=1))
+
+
+def test_no_checkpoint_that_stays_is_left_out(work, monkeypatch):
+    """Killed between the two of a step, the run comes there again; one that cannot be written does
+    not keep the other from being so."""
+    real = checkpoint.save
+
+    def save(path, tensors, info, keep_last=None):
+        if info["step"] == 4 and monkeypatch.second:
+            raise KeyboardInterrupt
+        monkeypatch.second = info["step"] == 4
+        real(path, tensors, info, keep_last)
+
+    monkeypatch.second = False
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(work, keep_every=2))
+    monkeypatch.setattr(checkpoint, "save", real)
+    train(resumed(work / "run"))
+    stay = work / "run" / "checkpoints"
+    assert [checkpoint.step_of(path) for path in sorted(stay.iterdir())] == [2, 4, 6]
+    shutil.rmtree(stay)
+    stay.symlink_to(work / "nowhere")
+    with pytest.raises(OSError):
+        train(resumed(work / "run", steps=8))
+    assert checkpoint.read(work / "run")[1]["step"] == 8
+
+
+def test_what_ends_before_the_run_begins_leaves_no_files_of_one(work):
+    for name in ("run", "empty"):
+        (work / name).mkdir()
+    with pytest.raises(ValueError, match="empty"):
+        train(config(work, dataset=str(work / "empty"), keep_every=2))
+    assert not list((work / "run").iterdir())
 
 
 def test_events_after_the_checkpoint_do_not_come_twice(work, eventful, monkeypatch):
