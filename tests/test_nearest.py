@@ -53,6 +53,18 @@ def test_pictures_and_gradients(form, layout):
     assert torch.allclose(got, truth, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [dict(size=(5, 3)), dict(scale_factor=1)])
+def test_a_factor_of_one_is_a_copy(options):
+    """As in PyTorch: what the model writes into it is not written into x."""
+
+    def function(x):
+        return F.relu(F.interpolate(x, **options), inplace=True) + x
+
+    x = torch.randn(2, 3, 5, 3)
+    expected = function(x.clone())
+    assert torch.equal(captured(function, x)[0], expected)
+
+
 def test_sizes_that_change():
     """A factor holds for all sizes; a size is a factor for one alone."""
     x = torch.randn(2, 3, 5, 6)
