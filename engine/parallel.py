@@ -55,7 +55,6 @@ class Parallel:
             self.ddp = nn.parallel.DistributedDataParallel(
                 model,
                 device_ids=[execution.device] if on_gpu else None,
-                broadcast_buffers=False,  # there are none
                 gradient_as_bucket_view=True,
             )
             self.network = execution.network(self.ddp)
