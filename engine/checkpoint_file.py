@@ -256,8 +256,7 @@ def _check(path: Path, tensors: dict[str, Tensor], sums: dict[str, str]) -> None
             found.add(name, value)
         wrong = [name for name, its in found.all().items() if its != sums[name]]
     if wrong:
-        more = f" and {len(wrong) - 1} more tensors" if wrong[1:] else ""
+        more = f" and {len(wrong) - 1} more tensors have" if wrong[1:] else " has"
         raise Damaged(
-            f"{path} is damaged: {wrong[0][:80]}{more} have another checksum than was written; "
-            f"{ADVICE}"
+            f"{path} is damaged: {wrong[0][:80]}{more} another checksum than was written; {ADVICE}"
         )

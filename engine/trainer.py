@@ -166,10 +166,12 @@ class Trainer:
     def give_up(self) -> None:
         """Raises Diverged after a streak of skipped steps, and at its first for broken weights."""
         saved = f"the last weights saved are in {self.folder / checkpoint.FILE}"
-        advice = (
-            f"try a lower --lr (now {self.config.lr:g}), a longer --warmup (now "
-            f"{self.config.warmup}) or --precision fp32"
+        advice = (  # --resume changes no --lr
+            f"start a new run with a lower --lr (now {self.config.lr:g}) or a longer --warmup "
+            f"(now {self.config.warmup})"
         )
+        if self.execution.precision != torch.float32:
+            advice += f", or try --resume {self.folder} --precision fp32"
         if self.guard.streak == 1:
             mine = not_finite((name, local(p)) for name, p in self.parameters.items())
             found = max(self.processes.gather_objects(mine))
@@ -228,8 +230,8 @@ class Trainer:
         found = not_finite(tensors.items())
         if found:  # the file is as good as it was: it stays
             raise Diverged(
-                f"{found} is not finite after step {self.step}, which is not saved: try a lower "
-                f"--lr (now {self.config.lr:g}); the last weights saved are in "
+                f"{found} is not finite after step {self.step}, which is not saved: start a new "
+                f"run with a lower --lr (now {self.config.lr:g}); the last weights saved are in "
                 f"{self.folder / checkpoint.FILE}"
             )
         c = self.config

@@ -90,7 +90,7 @@ def test_a_byte_that_has_changed_is_told(file):
             changed = bytearray(raw)
             changed[start + at] ^= 1
             file.write_bytes(changed)
-            with pytest.raises(Damaged, match=re.escape(f"damaged: {name} have another checksum")):
+            with pytest.raises(Damaged, match=re.escape(f"damaged: {name} has another checksum")):
                 engine.load(file)
             part = "ema." if name.startswith("model.") else "model."
             assert checkpoint.read(file, part)[0]  # the damage is elsewhere

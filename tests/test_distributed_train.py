@@ -271,6 +271,7 @@ def test_float16_has_one_scale_for_all(two):
 def test_the_first_process_alone_prints(two):
     _, told = two
     assert told.count("2 processes") == 10 and told.count("drawing 4 samples") == 2
+    assert "Warning" not in told
     assert len(re.findall(r"100%.*50/50", told.replace("\r", "\n"))) >= 1
 
 
