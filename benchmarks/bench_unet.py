@@ -237,11 +237,15 @@ def bench_kept_memory(benchmark):
 
 @pytest.mark.parametrize("capability", ["avx2"])
 def bench_denoising_step_without_avx512(benchmark, capability):
-    """float32, on the instructions of a machine without AVX-512, AMX and bfloat16."""
+    """float32, on the instructions of a machine without AVX-512, AMX and bfloat16.
+
+    Of three processes together: between them diffusers' step differs by some percent.
+    """
     environment = {"ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     environment["MKL_ENABLE_INSTRUCTIONS"] = "AVX2"
-    found = child("fp32", "small", 32, **environment)
-    record(benchmark, found["seconds"], batch=32, goals={"diffusers": 1.2}, capability=capability)
+    found = [child("fp32", "small", 32, **environment)["seconds"] for _ in range(3)]
+    taken = {name: [s for times in found for s in times[name]] for name in found[0]}
+    record(benchmark, taken, batch=32, goals={"diffusers": 1.2}, capability=capability)
     benchmark.pedantic(lambda: None, rounds=1)
 
 
