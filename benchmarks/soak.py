@@ -1,8 +1,8 @@
 """What a training run survives: kill -9 while it saves, signals at random moments, many steps.
 
-    python benchmarks/soak.py --kills 100 --out /tmp/soak        # a minute
-    python benchmarks/soak.py --minutes 20 --out /tmp/soak       # soak_training.py
-    python benchmarks/soak.py --memory --out /tmp/soak           # two minutes; soak_memory.py
+    python benchmarks/soak.py --kills 100 --out FOLDER        # a minute
+    python benchmarks/soak.py --minutes 20 --out FOLDER       # soak_training.py
+    python benchmarks/soak.py --memory --out FOLDER           # two minutes; soak_memory.py
 
 --kills: a process does nothing but save checkpoints one after the other, of random sizes, and is
 killed at a random moment. Then the folder's newest checkpoint must load whole, with matching
