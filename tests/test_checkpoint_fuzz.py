@@ -23,7 +23,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from mutations import blind, mutated, mutations  # noqa: E402
 
-MEMORY = 300e6  # bytes by which the process may grow over all these files
+MEMORY = 600e6  # bytes by which the process may grow, libraries loaded on the way included
 
 
 def fuzzed(examples: int):
