@@ -278,4 +278,19 @@ void forward_noise_loss_bwd_cpu(const ForwardNoise& p, const ForwardNoiseLoss& l
 void forward_noise_loss_bwd_cuda(const ForwardNoise& p, const ForwardNoiseLoss& l,
                                  const float* dloss, void* dmodel_out, void* stream);
 
+// y = conv3x3(x, w) + bias + add, stride 1, padding 1: NHWC float32, by Winograd's F(2x2, 3x3).
+struct Conv2dWinograd {
+  int64_t N, C, H, W, K;  // batch, channels of x and x2, rows and columns of y, channels of y
+  bool upsample;   // x is (H / 2, W / 2): each pixel stands for 2x2 of the convolution's input
+  const float* x;  // (N, H, W, C - C2)
+  const float* x2 = nullptr;    // (N, H, W, C2): the last channels
+  int64_t C2 = 0;               // C % 16 == C2 % 16 == 0
+  const float* weight;          // (K / 16, 16, C, 16), K % 32 == 0: G w G^T of 16 channels of y
+  const float* bias = nullptr;  // (K,)
+  const float* add = nullptr;   // (N, H, W, K)
+  float* y;                     // (N, H, W, K)
+};
+
+void conv2d_winograd_fwd_cpu(const Conv2dWinograd& p, const ParallelFor& parallel_for);
+
 }  // namespace engine

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import dispatch
+from . import dispatch, winograd
 from .blocks import (
     AttentionBlock,
     Conv2d,
@@ -29,14 +29,13 @@ from .blocks import (
     ResBlock,
     TimeEmbedding,
     Upsample,
+    upsample_nearest,
 )
 from .device import PACKED, cannot_pack
 from .embedded import Embedded, Product, Slice, share
 from .ops.layout import is_dense, rows
 from .unet import UNet
 
-# (row, column) of the four pixels that nearest ×2 makes of one.
-PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
 # Elements of a pair below which it is quicker to concatenate it than to convolve twice.
 SMALL = 2**18
 
@@ -85,7 +84,15 @@ def _casts_by_itself(twin: nn.Module) -> bool:
     """Whether nothing in it needs autocast: layers of others do, and hooks may."""
     ours = (UNet, TimeEmbedding, Level, ResBlock, AttentionBlock, Downsample, Upsample)
     ours += (GroupNormSiLU, nn.Embedding, nn.ModuleList, nn.Identity, nn.Dropout)
-    ours += (_PackedConv2d, _PackedLinear, _PackedUpsample, Product, Slice, _Norm)
+    ours += (
+        _PackedConv2d,
+        _PackedLinear,
+        _WinogradConv2d,
+        _WinogradUpsample,
+        Product,
+        Slice,
+        _Norm,
+    )
     return all(
         type(m) in ours and not _changed(m) and "forward" not in m.__dict__ for m in twin.modules()
     )
@@ -118,15 +125,16 @@ def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A shallow copy of the tree: the same tensors under new modules."""
     plain = not _changed(module) and "forward" not in module.__dict__
     if plain and type(module) is Conv2d and module.padding_mode == "zeros":
-        return _PackedConv2d(module, dtype)
+        kind = _WinogradConv2d if _by_winograd(module, dtype) else _PackedConv2d
+        return kind(module, dtype)
     if plain and type(module) is Linear:
         return _PackedLinear(module, dtype)
     if plain and type(module) is GroupNormSiLU:
         return _Norm(module)
-    if plain and type(module) is Upsample and dtype == torch.float32:
+    if plain and type(module) is Upsample and type(module.conv) is Conv2d:
         conv = module.conv
-        if type(conv) is Conv2d and not _changed(conv) and "forward" not in conv.__dict__:
-            return _PackedUpsample(conv, dtype)
+        if not _changed(conv) and "forward" not in conv.__dict__ and _by_winograd(conv, dtype):
+            return _WinogradUpsample(conv, dtype)
     if isinstance(module, (_Packed, Slice, _Norm)):
         return module
     twin = module.__class__.__new__(module.__class__)
@@ -137,6 +145,10 @@ def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         for name, child in module._modules.items()
     }
     return twin
+
+
+def _by_winograd(layer: Conv2d, dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 == layer.weight.dtype and winograd.serves(layer)
 
 
 class _Packed(nn.Module):
@@ -218,49 +230,30 @@ class _PackedLinear(_Packed):
         return torch.ops.mkldnn._reorder_linear_weight(weight, rows), self.bias()
 
 
-class _PackedUpsample(_Packed):
-    """Nearest ×2 and a 3×3 convolution, as 2×2 convolutions of the small image.
+class _WinogradConv2d(_PackedConv2d):
+    """3×3 in float32, where the products bound it: 16 where the convolution has 36."""
 
-    Each of the four pixels that one becomes sees 2×2 different ones: taps that fall on the same
-    pixel are added beforehand, 4/9 of the products are left. All four phases are channels of one
-    convolution over the windows of the padded image, and are interleaved at its end. float32 only:
-    there the products bound it; in bfloat16 AMX has them done before the copy is.
-    """
+    transformed = None
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor], add: Tensor | None = None) -> Tensor:
+        parts = x if isinstance(x, tuple) else (x,)
+        if not winograd.takes(*parts, *(() if add is None else (add,))):
+            return super().forward(x, add)
+        return winograd.conv2d(x, self.weights(), self.bias(), add)
+
+    def weights(self) -> Tensor:
+        if self.transformed is None:
+            self.transformed = winograd.packed(self.layer[0].weight)
+        return self.transformed
+
+
+class _WinogradUpsample(_WinogradConv2d):
+    """Nearest ×2 and such a convolution: 9 products, and the large image is not made."""
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        if x.dtype != self.dtype:
-            x = x.to(self.dtype)
-        if self.packed is None:
-            self.packed = self.pack(x.shape)
-        weight, bias = self.packed
-        n, _, height, width = x.shape
-        windows = torch.ops.mkldnn._convolution_pointwise(
-            x, weight, bias, (1, 1), (1, 1), (1, 1), 1, "none", [], ""
-        )
-        c = windows.shape[1] // 4
-        y = x.new_empty(n, 2 * height, 2 * width, c).permute(0, 3, 1, 2)
-        for i, (a, b) in enumerate(PHASES):
-            phase = windows[:, i * c : (i + 1) * c, a : a + height, b : b + width]
-            y[:, :, a::2, b::2].copy_(phase)
-        return y
-
-    def pack(self, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
-        w = self.layer[0].weight.detach().to(self.dtype)
-        rows = {
-            0: (w[:, :, :1], w[:, :, 1:2] + w[:, :, 2:]),
-            1: (w[:, :, :1] + w[:, :, 1:2], w[:, :, 2:]),
-        }
-        phases = []
-        for a, b in PHASES:
-            r = torch.cat(rows[a], dim=2)
-            left, middle, right = r.split(1, dim=3)
-            columns = (left, middle + right) if b == 0 else (left + middle, right)
-            phases.append(torch.cat(columns, dim=3))
-        weight = torch._C._nn.mkldnn_reorder_conv2d_weight(
-            torch.cat(phases).contiguous().to_mkldnn(), (1, 1), (1, 1), (1, 1), 1, shape
-        )
-        bias = self.bias()
-        return weight, None if bias is None else bias.repeat(4)
+        if not winograd.takes(x):
+            return super().forward(upsample_nearest(x))
+        return winograd.conv2d(x, self.weights(), self.bias(), upsample=True)
 
 
 class _Norm(nn.Module):

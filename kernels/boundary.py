@@ -72,6 +72,9 @@ SCHEMAS = {
         "(Tensor dloss, Tensor model_out, Tensor x0, Tensor coeffs, Tensor t, Tensor? weights, "
         "Tensor? seed, Tensor? step, Tensor? noise, int offset, int loss) -> Tensor"
     ),
+    "conv2d_winograd_fwd": (  # native on the CPU alone
+        "(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? add, bool upsample) -> Tensor"
+    ),
     "noise_fwd": "(Tensor(a!) out, Tensor seed, Tensor step, int stream, int offset) -> ()",
 }
 
@@ -228,6 +231,12 @@ def _forward_noise_loss_bwd(
     return torch.empty_like(model_out)
 
 
+def _conv2d_winograd_fwd(x, x2, weight, bias, add, upsample):
+    n, _, height, width = x.shape
+    times = 2 if upsample else 1
+    return x.new_empty((n, times * height, times * width, 16 * weight.shape[0])).permute(0, 3, 1, 2)
+
+
 def _noise_fwd(out, seed, step, stream, offset):
     return None
 
@@ -251,6 +260,7 @@ FAKES = {
     "forward_noise_loss_fwd": _forward_noise_loss_fwd,
     "forward_noise_loss_grad_fwd": _forward_noise_loss_grad_fwd,
     "forward_noise_loss_bwd": _forward_noise_loss_bwd,
+    "conv2d_winograd_fwd": _conv2d_winograd_fwd,
     "noise_fwd": _noise_fwd,
 }
 

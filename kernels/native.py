@@ -24,6 +24,7 @@ OPS = (
     "forward_noise_loss_fwd",
     "forward_noise_loss_grad_fwd",
     "forward_noise_loss_bwd",
+    "conv2d_winograd_fwd",
     "noise_fwd",
 )
 # CUDA tensors have no kernel of them.
@@ -35,6 +36,7 @@ CPU_OPS = (
     "attention_qkv_fwd",
     "attention_qkv_bwd",
     "forward_noise_loss_grad_fwd",
+    "conv2d_winograd_fwd",
 )
 MAX_SCALE = 1e38  # of attention: times log2 e, still a float32
 # GPUs, by name, where test_clusters (tests/test_group_norm_silu_plan.py) passed;
@@ -302,6 +304,17 @@ def reverse_step_threshold_fwd(
     torch.ops.engine.reverse_step_threshold_fwd.default(
         threshold, x, model_out, uncond, grad, coeffs, step, guidance, quantile
     )
+
+
+def conv2d_winograd_fwd(
+    x: Tensor,  # (N, C - C2, H, W) float32, channels_last, like x2 and add; on the CPU
+    x2: Tensor | None,  # (N, C2, H, W)
+    weight: Tensor,  # (K / 16, 16, C, 16) float32: engine/winograd.py packs it
+    bias: Tensor | None,  # (K,) float32
+    add: Tensor | None,  # like the result
+    upsample: bool,
+) -> Tensor:  # (N, K, H, W), of 2 H and 2 W with upsample
+    return torch.ops.engine.conv2d_winograd_fwd.default(x, x2, weight, bias, add, upsample)
 
 
 def noise_fwd(out: Tensor, seed: Tensor, step: Tensor, stream: int, offset: int) -> None:

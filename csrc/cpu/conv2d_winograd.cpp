@@ -1,0 +1,63 @@
+// 3x3 convolution of stride 1 in float32 by Winograd's F(2x2, 3x3) on the CPU, for inference.
+//
+// Of each 2x2 pixels of y the 4x4 pixels d of x around them are read (0 outside the image):
+//   y = A^T [ sum over channels of (G w G^T) * (B^T d B) ] A     (Lavin & Gray 2016, eq. 8 to 11)
+// 16 products a channel where the sum itself has 36: 2.25 times fewer. B and A hold 0 and +-1, so
+// the transforms are additions; G w G^T comes with the weights, packed.
+//
+// After nearest x2 upsampling 7 of the 16 products vanish (conv2d_winograd_loops.h): 9 where the
+// sum has 36, of an image that was never made.
+//
+// Unit: kWinogradTiles tiles of any images, one thread's from beginning to end. B^T d B goes to
+// scratch as 16 matrices (tiles, C) that stay in L2; then, for each 16 or 32 channels of y, 16
+// products (tiles, C) x (C, channels), whose weights are read once a unit, and A^T . A with bias
+// and residual, straight to y.
+// Parallel: over units. A number of y is summed in one order whatever the unit: threads and batch
+// change no bit.
+// Bound: the products, 32 flop per channel pair and tile, at 2 vectors of FMA a cycle; memory sees
+// x about once, y and add once, the weights (64 bytes per pair of channels) once a unit from L2/L3.
+#include "conv2d_winograd.h"
+
+#include <memory>
+
+#include "isa.h"
+#define ENGINE_KERNELS "conv2d_winograd_loops.h"
+#include "foreach_isa.h"
+
+namespace engine {
+namespace {
+
+// A thread's scratch, for good; 0 at first, as rows past the last tile are multiplied too.
+float* scratch(int64_t floats) {
+  thread_local std::unique_ptr<float[]> buffer;
+  thread_local int64_t size = 0;
+  if (size < floats + 16) {
+    buffer = std::make_unique<float[]>(floats + 16);
+    size = floats + 16;
+  }
+  const auto address = reinterpret_cast<uintptr_t>(buffer.get());
+  return reinterpret_cast<float*>((address + 63) / 64 * 64);
+}
+
+}  // namespace
+
+void conv2d_winograd_fwd_cpu(const Conv2dWinograd& p, const ParallelFor& parallel_for) {
+  const WinogradLoops& loops = ENGINE_PICK(winograd_loops)();
+  const int64_t tiles = winograd_tiles(p);
+  // An even number of units, so that two threads end together.
+  const int64_t units = (tiles + 2 * kWinogradTiles - 1) / (2 * kWinogradTiles) * 2;
+  const int64_t even = (tiles + units - 1) / units;
+  const int64_t unit = (even + loops.rows - 1) / loops.rows * loops.rows;
+  const int64_t v = 16 * winograd_pitch(unit, p.C);
+  const int64_t m = 16 * winograd_pitch(unit, loops.columns);
+  const auto run = p.upsample ? loops.tiles_upsampled : loops.tiles;
+  parallel_for((tiles + unit - 1) / unit, 1, [&](int64_t begin, int64_t end) {
+    float* s = scratch(v + m);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * unit, left = tiles - first;
+      run(p, first, left < unit ? left : unit, s, s + v);
+    }
+  });
+}
+
+}  // namespace engine

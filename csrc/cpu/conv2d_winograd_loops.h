@@ -1,0 +1,162 @@
+// The loops of conv2d_winograd for one instruction set. Included by foreach_isa.h: no guard.
+
+// The product takes ROWS tiles x COLUMNS channels of y at once: as many sums as there are registers
+// for, beside a row of weights. Weights lie in blocks of 16 channels.
+#if ENGINE_LEVEL == 2
+constexpr int WINO_ROWS = 12, WINO_VECTORS = 2;
+#elif ENGINE_LEVEL == 1
+constexpr int WINO_ROWS = 6, WINO_VECTORS = 2;
+#else
+constexpr int WINO_ROWS = 2, WINO_VECTORS = 4;
+#endif
+constexpr int WINO_COLUMNS = WINO_VECTORS * W;
+
+// Tile `index` of all images: its image, and the first of its 2x2 pixels.
+struct WinogradTile {
+  int64_t n, row, column;
+  ENGINE_INLINE WinogradTile(const Conv2dWinograd& p, int64_t index) {
+    const int64_t across = (p.W + 1) / 2, down = (p.H + 1) / 2;
+    column = index % across * 2;
+    row = index / across % down * 2;
+    n = index / across / down;
+  }
+};
+
+// out[16][.] = B^T d B for `channels` channels of one tile, d its 4x4 pixels. Of an image whose
+// pixels stand for 2x2 each they are 3x3 pixels a, b, c: rows (a, b, b, c), so that B^T d is
+// (a - b, 2 b, 0, b - c), along both axes: 7 entries of 16 are 0 and are left out.
+template <bool UP>
+ENGINE_INLINE void winograd_input(const Conv2dWinograd& p, const float* x, int64_t channels,
+                                  WinogradTile t, float* out, int64_t pitch) {
+  constexpr int SIDE = UP ? 3 : 4;
+  const int64_t H = UP ? p.H / 2 : p.H, width = UP ? p.W / 2 : p.W;
+  const int64_t row = (UP ? t.row / 2 : t.row) - 1, column = (UP ? t.column / 2 : t.column) - 1;
+  const float* from[SIDE][SIDE];  // null: outside, 0
+  bool all = true;
+  for (int i = 0; i < SIDE; ++i) {
+    for (int j = 0; j < SIDE; ++j) {
+      const int64_t r = row + i, c = column + j;
+      const bool inside = r >= 0 && r < H && c >= 0 && c < width;
+      from[i][j] = inside ? x + ((t.n * H + r) * width + c) * channels : nullptr;
+      all &= inside;
+    }
+  }
+  for (int64_t c = 0; c < channels; c += W) {
+    F u[4][SIDE];
+    ENGINE_UNROLL
+    for (int j = 0; j < SIDE; ++j) {
+      F d[SIDE];
+      ENGINE_UNROLL
+      for (int i = 0; i < SIDE; ++i) d[i] = all || from[i][j] ? load(from[i][j] + c) : F{};
+      if constexpr (UP) {
+        u[0][j] = d[0] - d[1], u[1][j] = d[1] + d[1], u[3][j] = d[1] - d[2];
+      } else {
+        u[0][j] = d[0] - d[2], u[1][j] = d[1] + d[2];
+        u[2][j] = d[2] - d[1], u[3][j] = d[1] - d[3];
+      }
+    }
+    ENGINE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      float* to = out + 4 * i * pitch + c;
+      if constexpr (UP) {
+        if (i == 2) continue;
+        store(to, u[i][0] - u[i][1]);
+        store(to + pitch, u[i][1] + u[i][1]);
+        store(to + 3 * pitch, u[i][1] - u[i][2]);
+      } else {
+        store(to, u[i][0] - u[i][2]);
+        store(to + pitch, u[i][1] + u[i][2]);
+        store(to + 2 * pitch, u[i][2] - u[i][1]);
+        store(to + 3 * pitch, u[i][1] - u[i][3]);
+      }
+    }
+  }
+}
+
+// m = v u: (ROWS, C) x (C, COLUMNS). u: blocks of 16 channels, `block` apart.
+ENGINE_INLINE void winograd_product(const float* v, const float* u, int64_t block, int64_t C,
+                                    float* m) {
+  F sums[WINO_ROWS][WINO_VECTORS] = {};
+  for (int64_t c = 0; c < C; ++c) {
+    F w[WINO_VECTORS];
+    ENGINE_UNROLL
+    for (int k = 0; k < WINO_VECTORS; ++k) {
+      w[k] = load(u + (k * W / 16) * block + c * 16 + k * W % 16);
+    }
+    ENGINE_UNROLL
+    for (int r = 0; r < WINO_ROWS; ++r) {
+      const F one = set1(v[r * C + c]);
+      ENGINE_UNROLL
+      for (int k = 0; k < WINO_VECTORS; ++k) sums[r][k] = fma(one, w[k], sums[r][k]);
+    }
+  }
+  ENGINE_UNROLL
+  for (int r = 0; r < WINO_ROWS; ++r) {
+    ENGINE_UNROLL
+    for (int k = 0; k < WINO_VECTORS; ++k) store(m + r * WINO_COLUMNS + k * W, sums[r][k]);
+  }
+}
+
+// y = A^T m A + bias + add, for COLUMNS channels from k0 of one tile.
+template <bool UP>
+ENGINE_INLINE void winograd_output(const Conv2dWinograd& p, WinogradTile t, const float* m,
+                                   int64_t pitch, int64_t k0) {
+  const int rows = t.row + 1 < p.H ? 2 : 1, columns = t.column + 1 < p.W ? 2 : 1;
+  const int64_t at = ((t.n * p.H + t.row) * p.W + t.column) * p.K + k0;
+  ENGINE_UNROLL
+  for (int k = 0; k < WINO_VECTORS; ++k) {
+    F s[2][4];
+    ENGINE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      F e[4];
+      ENGINE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        e[i] = UP && (i == 2 || j == 2) ? F{} : load(m + (4 * i + j) * pitch + k * W);
+      }
+      s[0][j] = e[0] + e[1] + e[2];
+      s[1][j] = e[1] - e[2] - e[3];
+    }
+    const F bias = p.bias ? load(p.bias + k0 + k * W) : F{};
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < columns; ++j) {
+        const int64_t to = at + (i * p.W + j) * p.K + k * W;
+        const F* e = s[i];
+        F value = (j ? e[1] - e[2] - e[3] : e[0] + e[1] + e[2]) + bias;
+        if (p.add) value += load(p.add + to);
+        store(p.y + to, value);
+      }
+    }
+  }
+}
+
+template <bool UP>
+inline void winograd_block(const Conv2dWinograd& p, int64_t first, int64_t count, float* v,
+                           float* m) {
+  const int64_t padded = (count + WINO_ROWS - 1) / WINO_ROWS * WINO_ROWS;
+  const int64_t v_pitch = winograd_pitch(padded, p.C), C1 = p.C - p.C2;
+  const int64_t m_pitch = winograd_pitch(padded, WINO_COLUMNS), block = 16 * 16 * p.C;
+  for (int64_t t = 0; t < count; ++t) {
+    const WinogradTile tile(p, first + t);
+    winograd_input<UP>(p, p.x, C1, tile, v + t * p.C, v_pitch);
+    if (p.C2) winograd_input<UP>(p, p.x2, p.C2, tile, v + t * p.C + C1, v_pitch);
+  }
+  for (int64_t k = 0; k < p.K; k += WINO_COLUMNS) {
+    const float* u = p.weight + k / 16 * block + k % 16;
+    for (int entry = 0; entry < 16; ++entry) {
+      if (UP && (entry / 4 == 2 || entry % 4 == 2)) continue;
+      for (int64_t t = 0; t < count; t += WINO_ROWS) {
+        winograd_product(v + entry * v_pitch + t * p.C, u + entry * 16 * p.C, block, p.C,
+                         m + entry * m_pitch + t * WINO_COLUMNS);
+      }
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      winograd_output<UP>(p, WinogradTile(p, first + t), m + t * WINO_COLUMNS, m_pitch, k);
+    }
+  }
+}
+
+inline const WinogradLoops& winograd_loops() {
+  static const WinogradLoops loops{WINO_ROWS, WINO_COLUMNS, winograd_block<false>,
+                                   winograd_block<true>};
+  return loops;
+}
