@@ -291,6 +291,11 @@ struct Conv2dWinograd {
   float* y;                     // (N, H, W, K)
 };
 
+// Its packed weight of w (K, C, 3, 3): element (k, c, tap) lies at k * k_stride + c * c_stride +
+// tap * tap_stride; the taps in reverse order with `flip`.
+void conv2d_winograd_weight_cpu(const float* w, int64_t K, int64_t C, int64_t k_stride,
+                                int64_t c_stride, int64_t tap_stride, bool flip, float* packed,
+                                const ParallelFor& parallel_for);
 void conv2d_winograd_fwd_cpu(const Conv2dWinograd& p, const ParallelFor& parallel_for);
 
 }  // namespace engine

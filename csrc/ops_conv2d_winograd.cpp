@@ -52,6 +52,20 @@ Tensor conv2d_winograd_fwd(const Tensor& x, const OptionalTensor& x2, const Tens
   return y;
 }
 
+Tensor conv2d_winograd_weight(const Tensor& weight, bool transposed) {
+  const auto sizes = weight.sizes(), strides = weight.strides();
+  STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Float &&
+                      sizes.size() == 4 && sizes[2] == 3 && sizes[3] == 3 &&
+                      strides[2] == 3 * strides[3],
+                  "weight must be float32 (K, C, 3, 3) on the CPU, its taps evenly spaced");
+  const int a = transposed ? 1 : 0, b = 1 - a;
+  STD_TORCH_CHECK(sizes[a] % 16 == 0, "channels of the result must be a multiple of 16");
+  Tensor packed = allocate_floats(weight, {sizes[a] / 16, 16, sizes[b], 16});
+  engine::conv2d_winograd_weight_cpu(floats(weight), sizes[a], sizes[b], strides[a], strides[b],
+                                     strides[3], transposed, floats(packed), Cpu::parallel_for());
+  return packed;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ENGINE_NS, m) {
@@ -59,10 +73,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ENGINE_NS, m) {
       "conv2d_winograd_fwd(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? add, bool "
       "upsample) -> "
       "Tensor");
+  m.def("conv2d_winograd_weight(Tensor weight, bool transposed) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CPU, m) {
   m.impl("conv2d_winograd_fwd", TORCH_BOX(&conv2d_winograd_fwd));
+  m.impl("conv2d_winograd_weight", TORCH_BOX(&conv2d_winograd_weight));
 }
 
 }  // namespace engine::ops

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, winograd
 
 
 class Level(nn.Module):
@@ -48,9 +48,14 @@ class Conv2d(nn.Conv2d):
         if isinstance(x, tuple):
             x, skip = x
             first, second = self.weight.split((x.shape[1], skip.shape[1]), dim=1)
-            y = self._conv_forward(x, first, None) + self._conv_forward(skip, second, self.bias)
-        else:
-            y = self._conv_forward(x, self.weight, self.bias)
+            add = self.convolve(x, first, None, add)
+            return self.convolve(skip, second, self.bias, add)
+        return self.convolve(x, self.weight, self.bias, add)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None):
+        if winograd.trains(self, x, add):
+            return winograd.convolve(x, weight, bias, add)
+        y = self._conv_forward(x, weight, bias)
         return y if add is None else add + y
 
 

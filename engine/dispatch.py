@@ -122,12 +122,12 @@ def refusals(op: str, backend: str, args: tuple) -> list[str]:
         return [missing]
     if backend != "eager" and op in SAMPLING and wants_gradient(args):
         return ["has no gradient: call it under torch.no_grad(), or use eager"]
-    if backend != "eager" and _has_tangent(args):
+    if backend != "eager" and has_tangent(args):
         return ["has no forward-mode derivative: use eager"]
     return module(op, backend).refusals(op, *args)
 
 
-def _has_tangent(args: tuple) -> bool:
+def has_tangent(args: tuple) -> bool:
     """Whether forward-mode differentiation is on its way: a kernel would drop it in silence."""
     if forward_ad._current_level < 0:
         return False

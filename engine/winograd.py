@@ -15,40 +15,40 @@ from torch import Tensor, nn
 from . import dispatch
 
 OP = "conv2d_winograd"
-G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+SETS = ("AVX2", "AVX512")  # where it was measured against oneDNN; both heed ATEN_CPU_CAPABILITY
 
 
 def serves(layer: nn.Conv2d) -> bool:
     """Whether the kernel computes this layer's convolution, as far as it does not depend on x."""
-    plain = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation
     return (
-        plain == ((3, 3), (1, 1), (1, 1), (1, 1))
+        geometry == ((3, 3), (1, 1), (1, 1), (1, 1))
         and layer.groups == 1
         and layer.padding_mode == "zeros"
         and layer.in_channels % 16 == 0
         and layer.out_channels % 32 == 0
+        and torch.backends.cpu.get_cpu_capability() in SETS
         and dispatch.requested("auto") in ("auto", "native")
         and not dispatch.absence(OP, "native")
     )
 
 
-def takes(*parts: Tensor) -> bool:
-    """Whether the kernel reads these images, a pair's halves or a residual, as they lie."""
+def takes(*images: Tensor | None) -> bool:
+    """Whether the kernel reads these, x or a residual, as they lie."""
     return all(
-        part.dtype == torch.float32
-        and part.shape[1] % 16 == 0
-        and part.is_contiguous(memory_format=torch.channels_last)
-        for part in parts
+        t.dtype == torch.float32
+        and t.shape[1] % 16 == 0
+        and t.is_contiguous(memory_format=torch.channels_last)
+        for t in images
+        if t is not None
     )
 
 
-def packed(weight: Tensor) -> Tensor:
-    """(K, C, 3, 3) → (K / 16, 16, C, 16) float32: the 4×4 entries of G w Gᵀ, each (C, K), in the
-    order in which the kernel reads them. Rounded once, from float64."""
-    g = torch.tensor(G, dtype=torch.float64)
-    k, c = weight.shape[:2]
-    entries = torch.einsum("ai,kcij,bj->abkc", g, weight.detach().double(), g)
-    return entries.reshape(16, k // 16, 16, c).permute(1, 0, 3, 2).float().contiguous()
+def packed(weight: Tensor, transposed: bool = False) -> Tensor:
+    """(K, C, 3, 3) → (K / 16, 16, C, 16): the 4×4 entries of G w Gᵀ, each (C, K), in the order in
+    which the kernel reads them, rounded once. transposed: K and C exchanged, the taps reversed,
+    which is the convolution that takes a gradient dy to dx."""
+    return dispatch.function(OP, "weight", "native")(weight.detach(), transposed)
 
 
 def conv2d(
@@ -61,5 +61,45 @@ def conv2d(
 ) -> Tensor:
     """→ w ∗ x + bias + add, (N, K, H, W) channels_last; (N, K, 2 H, 2 W) with `upsample`."""
     x, x2 = x if isinstance(x, tuple) else (x, None)
-    function = dispatch.function(OP, "fwd", "native")
-    return function(x, x2, weight, bias, add, upsample)
+    return dispatch.function(OP, "fwd", "native")(x, x2, weight, bias, add, upsample)
+
+
+def trains(layer: nn.Conv2d, x: Tensor, add: Tensor | None) -> bool:
+    """Whether `convolve` may compute it: in float32, not compiled, no derivative but backward's."""
+    return (
+        x.dtype == torch.float32 == layer.weight.dtype
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and serves(layer)
+        and takes(x, add)
+        and (add is None or add.shape == (len(x), layer.out_channels, *x.shape[2:]))
+        and not dispatch.has_tangent((x, layer.weight, layer.bias, add))
+    )
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
+    """w ∗ x + bias + add of weights as they are, with a gradient: dx is such a convolution too."""
+    return _Conv2d.apply(x, weight, bias, add)
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, add):
+        ctx.save_for_backward(x, weight)
+        return conv2d(x, packed(weight), bias, add)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        needs, dx = list(ctx.needs_input_grad[:3]), None
+        # Gradients of gradients are PyTorch's.
+        if needs[0] and weight.shape[1] % 32 == 0 and takes(dy) and not torch.is_grad_enabled():
+            dx, needs[0] = conv2d(dy, packed(weight, transposed=True)), False
+        geometry = (1, 1), (1, 1), (1, 1), False, (0, 0), 1
+        rest = torch.ops.aten.convolution_backward(
+            dy, x, weight, (weight.shape[0],), *geometry, needs
+        )
+        dadd = dy if ctx.needs_input_grad[3] else None
+        return rest[0] if dx is None else dx, *rest[1:], dadd

@@ -75,6 +75,7 @@ SCHEMAS = {
     "conv2d_winograd_fwd": (  # native on the CPU alone
         "(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? add, bool upsample) -> Tensor"
     ),
+    "conv2d_winograd_weight": "(Tensor weight, bool transposed) -> Tensor",
     "noise_fwd": "(Tensor(a!) out, Tensor seed, Tensor step, int stream, int offset) -> ()",
 }
 
@@ -237,6 +238,12 @@ def _conv2d_winograd_fwd(x, x2, weight, bias, add, upsample):
     return x.new_empty((n, times * height, times * width, 16 * weight.shape[0])).permute(0, 3, 1, 2)
 
 
+def _conv2d_winograd_weight(weight, transposed):
+    k, c = weight.shape[:2]
+    k, c = (c, k) if transposed else (k, c)
+    return weight.new_empty((k // 16, 16, c, 16))
+
+
 def _noise_fwd(out, seed, step, stream, offset):
     return None
 
@@ -261,6 +268,7 @@ FAKES = {
     "forward_noise_loss_grad_fwd": _forward_noise_loss_grad_fwd,
     "forward_noise_loss_bwd": _forward_noise_loss_bwd,
     "conv2d_winograd_fwd": _conv2d_winograd_fwd,
+    "conv2d_winograd_weight": _conv2d_winograd_weight,
     "noise_fwd": _noise_fwd,
 }
 

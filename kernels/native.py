@@ -25,6 +25,7 @@ OPS = (
     "forward_noise_loss_grad_fwd",
     "forward_noise_loss_bwd",
     "conv2d_winograd_fwd",
+    "conv2d_winograd_weight",
     "noise_fwd",
 )
 # CUDA tensors have no kernel of them.
@@ -37,6 +38,7 @@ CPU_OPS = (
     "attention_qkv_bwd",
     "forward_noise_loss_grad_fwd",
     "conv2d_winograd_fwd",
+    "conv2d_winograd_weight",
 )
 MAX_SCALE = 1e38  # of attention: times log2 e, still a float32
 # GPUs, by name, where test_clusters (tests/test_group_norm_silu_plan.py) passed;
@@ -315,6 +317,13 @@ def conv2d_winograd_fwd(
     upsample: bool,
 ) -> Tensor:  # (N, K, H, W), of 2 H and 2 W with upsample
     return torch.ops.engine.conv2d_winograd_fwd.default(x, x2, weight, bias, add, upsample)
+
+
+def conv2d_winograd_weight(
+    weight: Tensor,  # (K, C, 3, 3) float32 on the CPU
+    transposed: bool,  # of the convolution that takes dy to dx
+) -> Tensor:
+    return torch.ops.engine.conv2d_winograd_weight.default(weight, transposed)
 
 
 def noise_fwd(out: Tensor, seed: Tensor, step: Tensor, stream: int, offset: int) -> None:

@@ -41,6 +41,16 @@ float* scratch(int64_t floats) {
 
 }  // namespace
 
+void conv2d_winograd_weight_cpu(const float* w, int64_t K, int64_t C, int64_t k_stride,
+                                int64_t c_stride, int64_t tap_stride, bool flip, float* packed,
+                                const ParallelFor& parallel_for) {
+  const WinogradLoops& loops = ENGINE_PICK(winograd_loops)();
+  const WinogradFilters filters{w, C, k_stride, c_stride, tap_stride, flip};
+  parallel_for(K / 16, grain_of(16 * 16 * C), [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) loops.filters(filters, k * 16, packed + k * 256 * C);
+  });
+}
+
 void conv2d_winograd_fwd_cpu(const Conv2dWinograd& p, const ParallelFor& parallel_for) {
   const WinogradLoops& loops = ENGINE_PICK(winograd_loops)();
   const int64_t tiles = winograd_tiles(p);

@@ -8,6 +8,13 @@ namespace engine {
 // Tiles at a time: their transforms, 16 entries of C floats a tile, are to stay in L2.
 constexpr int64_t kWinogradTiles = 48;
 
+// w (K, C, 3, 3): see kernels.h.
+struct WinogradFilters {
+  const float* w;
+  int64_t C, k_stride, c_stride, tap_stride;
+  bool flip;
+};
+
 struct WinogradLoops {
   int64_t rows;     // tiles that the product takes at once
   int64_t columns;  // channels of y that it takes at once
@@ -15,6 +22,8 @@ struct WinogradLoops {
   void (*tiles)(const Conv2dWinograd& p, int64_t first, int64_t count, float* v, float* m);
   void (*tiles_upsampled)(const Conv2dWinograd& p, int64_t first, int64_t count, float* v,
                           float* m);
+  // G w G^T of 16 channels of y from k0.
+  void (*filters)(const WinogradFilters& f, int64_t k0, float* packed);
 };
 
 inline int64_t winograd_tiles(const Conv2dWinograd& p) {

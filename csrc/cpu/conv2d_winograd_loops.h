@@ -155,8 +155,39 @@ inline void winograd_block(const Conv2dWinograd& p, int64_t first, int64_t count
   }
 }
 
+// G u of 3 numbers.
+ENGINE_INLINE void winograd_g(F a, F b, F c, F* out) {
+  const F half = set1(0.5f), ends = a + c;
+  out[0] = a, out[1] = (ends + b) * half, out[2] = (ends - b) * half, out[3] = c;
+}
+
+inline void winograd_filters(const WinogradFilters& f, int64_t k0, float* packed) {
+  for (int64_t c = 0; c < f.C; ++c) {
+    const float* from = f.w + k0 * f.k_stride + c * f.c_stride;
+    float taps[9][16];
+    for (int tap = 0; tap < 9; ++tap) {
+      const float* first = from + (f.flip ? 8 - tap : tap) * f.tap_stride;
+      for (int k = 0; k < 16; ++k) taps[tap][k] = first[k * f.k_stride];
+    }
+    for (int k = 0; k < 16; k += W) {
+      F rows[3][4];  // G w, transposed
+      ENGINE_UNROLL
+      for (int j = 0; j < 3; ++j) {
+        winograd_g(load(taps[j] + k), load(taps[3 + j] + k), load(taps[6 + j] + k), rows[j]);
+      }
+      ENGINE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        F entries[4];
+        winograd_g(rows[0][i], rows[1][i], rows[2][i], entries);
+        ENGINE_UNROLL
+        for (int j = 0; j < 4; ++j) store(packed + ((4 * i + j) * f.C + c) * 16 + k, entries[j]);
+      }
+    }
+  }
+}
+
 inline const WinogradLoops& winograd_loops() {
   static const WinogradLoops loops{WINO_ROWS, WINO_COLUMNS, winograd_block<false>,
-                                   winograd_block<true>};
+                                   winograd_block<true>, winograd_filters};
   return loops;
 }
