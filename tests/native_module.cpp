@@ -281,6 +281,31 @@ void attention_bwd_amx(const py::array& dout, const py::array& q, const py::arra
 
 }  // namespace
 
+// x, x2 (N, H, W, C), w (K, C, 3, 3) of any strides but between its taps, add (N, H, W, K).
+py::array conv2d_winograd_fwd(py::array_t<float> x, std::optional<py::array_t<float>> x2,
+                              py::array_t<float> w, std::optional<py::array_t<float>> bias,
+                              std::optional<py::array_t<float>> add, bool transposed, bool upsample,
+                              int threads) {
+  const int64_t times = upsample ? 2 : 1, size = sizeof(float);
+  const int k = transposed ? 1 : 0, c = 1 - k;
+  engine::Conv2dWinograd p;
+  p.N = x.shape(0), p.H = times * x.shape(1), p.W = times * x.shape(2);
+  p.K = w.shape(k), p.C = w.shape(c), p.C2 = x2 ? x2->shape(3) : 0;
+  p.upsample = upsample;
+  std::vector<float> packed(16 * p.K * p.C);
+  engine::conv2d_winograd_weight_cpu(w.data(), p.K, p.C, w.strides(k) / size, w.strides(c) / size,
+                                     w.strides(3) / size, transposed, packed.data(),
+                                     threads_of(threads));
+  py::array_t<float> y({p.N, p.H, p.W, p.K});
+  p.x = x.data(), p.x2 = x2 ? x2->data() : nullptr;
+  p.weight = packed.data();
+  p.bias = bias ? bias->data() : nullptr;
+  p.add = add ? add->data() : nullptr;
+  p.y = y.mutable_data();
+  engine::conv2d_winograd_fwd_cpu(p, threads_of(threads));
+  return y;
+}
+
 PYBIND11_MODULE(native_module, m) {
   m.def("group_norm_silu_fwd", &group_norm_silu_fwd);
   m.def("group_norm_silu_bwd", &group_norm_silu_bwd);
@@ -288,6 +313,7 @@ PYBIND11_MODULE(native_module, m) {
   m.def("rms_norm_silu_bwd", &rms_norm_silu_bwd);
   m.def("attention_fwd", &attention_fwd);
   m.def("attention_bwd", &attention_bwd);
+  m.def("conv2d_winograd_fwd", &conv2d_winograd_fwd);
   m.def("noise", &noise);
   m.def("scalar_noise", &scalar_noise);
   m.def("philox_words", &philox_words);
