@@ -19,7 +19,8 @@ LAYERS = (
     "ops cli inception execution run_lock checkpoint_file dealing metrics",
     "likelihood blocks fashion_mnist pictures patterns memory_format decoding picture_folder",
     "diffusion unet hugging_face rewrite fused_scheduler embedded",
-    "data prepacked coefficients guidance classifier curves backend diffusers_schedulers parallel",
+    "data prepacked coefficients guidance classifier curves backend diffusers_schedulers parallel"
+    " stepping",
     "samplers foreign acceleration",
     "checkpoint",
     "evaluation",
