@@ -1,4 +1,4 @@
-"""One loop for every sampler: a network call and a fused step, T times.
+"""Every sampler by one loop: a network call and a fused step, T times (stepping.py).
 
 Every sampler here is linear in (x̂_0, x_t, z) and, for two-step ones, the x̂_0 of the call before:
 x_next = c·x̂_0 + d·x_t + e·x̂_0' + s·z with x̂_0 = clip(a·x_t + b·model_out). A row per call
@@ -154,7 +154,7 @@ def sample(
             )
             loop = Static(step, x).captured() if capturing else None
             loop = loop or Plain(step, x, keeps_nothing(called))
-            states = [x.clone()] if stops else []
+            states = [x] if stops else []
             for i in _progress(range(len(times)), progress):
                 k = -(-(i + 1) // calls)  # the step that this call belongs to
                 ends = (i + 1) % calls == 0 or k == n_steps

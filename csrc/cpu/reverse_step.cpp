@@ -6,6 +6,8 @@
 // General, and whatever lies in several layouts: over tiles of channels x positions, each operand
 //   read into a buffer of floats that stays in the nearest cache, so that a variant costs the bytes
 //   of its operands: 4 or 2 an element each. Its flags are tested once a tile, not once an element.
+//   A call that asks for no variant over memory that lies alike runs as a plain one: 10
+//   against 18 us, 32 x 1 x 32 x 32 with given noise. x_next may be x's memory.
 // Threshold: |x0| of a sample into memory, a histogram of 11 bits of the floats, then the exact
 //   order statistics inside one bin. Parallel over samples. Bound: 4 bytes written and 8 read.
 // Nothing is saved, nothing refused.
