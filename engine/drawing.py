@@ -1,4 +1,5 @@
-"""The pictures of a run: samples of its averaged weights, while it trains and at its end."""
+"""Samples as the command lines ask for them, and the pictures of a run: of its averaged weights,
+while it trains and at its end."""
 
 from __future__ import annotations
 
@@ -14,6 +15,31 @@ from .unet import UNet
 if TYPE_CHECKING:
     from .metrics import Log
     from .trainer import Trainer
+
+
+def numbered(config, network, diffusion, model, start: int, steps, labels, device, **more):
+    """Samples number start … of the config.n that a command draws, config.batch at most.
+
+    config  its options, which name the sampler's
+    model   the network's U-Net; labels (n,) are those of all, or None
+    """
+    count = min(config.batch, config.n - start)
+    channels, size = model.config["in_channels"], model.config["image_size"]
+    return draw_samples(
+        network,
+        diffusion,
+        (count, channels, size, size),
+        sampler=config.sampler,
+        steps=steps,
+        spacing=config.spacing,
+        eta=config.eta,
+        seed=config.seed,
+        clip=config.clip,
+        y=None if labels is None else labels[start : start + count].to(device),
+        guidance=config.guidance,
+        offset=start,
+        **more,
+    )
 
 
 def sample(trainer: Trainer, n: int, averages: dict[str, Tensor], **options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from .cli import neighbour
@@ -15,12 +16,17 @@ def read(folder: Path) -> list[dict]:
     """The records of a run's folder. Raises ValueError, one sentence, for a file that has none."""
     path = folder / FILE
     try:
-        records = json.loads(path.read_text()) if path.is_file() else []
-    except (UnicodeDecodeError, json.JSONDecodeError):
+        records = json.loads(path.read_text()) if path.exists() else []
+        json.dumps(records, ensure_ascii=False).encode()  # as `add` will
+    except (ValueError, RecursionError):  # no JSON, no text, a number too long, too deep
         records = None
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise ValueError(f"{path} is not what engine.evaluate writes: move it away")
+        raise _other(path)
     return records
+
+
+def _other(path: Path) -> ValueError:
+    return ValueError(f"{path} is not what engine.evaluate writes: move it away")
 
 
 def add(folder: Path, record: dict) -> None:
@@ -96,10 +102,20 @@ def terms_of(run: Path) -> dict:
     folder, name = (run, checkpoint.FILE) if run.is_dir() else (run.parent, run.name)
     # Records from before there were several checkpoints in a folder have no "file".
     records = [r for r in read(folder) if r.get("file", name) == name]
-    found = [r["nll"] for r in records if r.get("nll")]
+    found = [r["nll"] for r in records if r.get("nll") is not None]
     if not found:
         hint = "" if run.exists() else neighbour(run)
         raise ValueError(
             f"{run} has no bits/dim yet{hint}: run python -m engine.evaluate {run} --metrics nll"
         )
-    return found[-1]["terms"]
+    terms = found[-1].get("terms") if isinstance(found[-1], dict) else None
+    if not isinstance(terms, dict) or not all(_numbers(terms.get(k)) for k in ("vb", "mse")):
+        raise _other(folder / FILE)
+    return terms
+
+
+def _numbers(values) -> bool:
+    """Whether it is a list of numbers, not too large to be added; NaN and infinity are."""
+    if not isinstance(values, list) or not all(type(v) in (int, float) for v in values):
+        return False
+    return all(v != v or v == math.inf or abs(v) < 1e30 for v in values)

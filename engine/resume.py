@@ -99,6 +99,15 @@ def check_pictures(config, images, info: dict) -> str:
     )
 
 
+def check_changed(config) -> None:
+    """Raises ValueError, one sentence, for --changed-pictures where there are none of before."""
+    if config.changed_pictures and config.resume is None:
+        raise ValueError(
+            "--changed-pictures is said of a run that goes on: give --resume RUN too, or leave "
+            "--changed-pictures out"
+        )
+
+
 def check_resume(config, saved) -> None:
     """Raises ValueError when `config` asks for another computation than the saved run's."""
     for field in dataclasses.fields(config):

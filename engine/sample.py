@@ -97,9 +97,8 @@ def command(args: Sequence[str] | None) -> None:
 
 def draw(config: SampleConfig, processes: Processes, device: torch.device) -> None:
     """Draws this process's batches; rank 0 makes the pictures of all."""
-    from . import dealing, plots
+    from . import dealing, drawing, plots
     from .execution import choose, describe
-    from .samplers import sample
 
     asked = config.precision, config.layout, config.compile
     execution = choose(device, *asked, sampling=config.prepack)
@@ -114,31 +113,19 @@ def draw(config: SampleConfig, processes: Processes, device: torch.device) -> No
     many = f"; {processes.world} processes" if processes.world > 1 else ""
     print(describe(model, execution) + many, file=sys.stderr)
     network = execution.network(model)
-    channels, size = model.config["in_channels"], model.config["image_size"]
     scale = 1.0 if config.classifier_scale is None else config.classifier_scale
     states = []  # of the first batch, which is rank 0's
 
     def batches(mine: range):
         for start in (i * config.batch for i in mine):
-            count = min(config.batch, config.n - start)
             wanted = 10 if config.strip is not None and start == 0 else 0
             with execution.autocast():
-                images = sample(
-                    network,
-                    diffusion,
-                    (count, channels, size, size),
-                    sampler=config.sampler,
-                    steps=steps,
-                    spacing=config.spacing,
-                    eta=config.eta,
-                    seed=config.seed,
-                    clip=config.clip,
-                    y=None if labels is None else labels[start : start + count].to(device),
-                    guidance=config.guidance,
+                images = drawing.numbered(
+                    config,
+                    *(network, diffusion, model, start, steps, labels, device),
                     classifier=classifier,
                     classifier_scale=scale,
                     progress=True,
-                    offset=start,
                     prepack="auto" if config.prepack else False,
                     trajectory=wanted,
                 )

@@ -1,4 +1,4 @@
-"""One loop for every sampler: a network call and a fused step, T times.
+"""Every sampler by one loop: a network call and a fused step, T times (stepping.py).
 
 Every sampler here is linear in (x̂_0, x_t, z) and, for two-step ones, the x̂_0 of the call before:
 x_next = c·x̂_0 + d·x_t + e·x̂_0' + s·z with x̂_0 = clip(a·x_t + b·model_out). A row per call
@@ -6,9 +6,7 @@ x_next = c·x̂_0 + d·x_t + e·x̂_0' + s·z with x̂_0 = clip(a·x_t + b·mode
 """
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from numbers import Integral, Real
 
@@ -21,6 +19,7 @@ from .device import usable_device
 from .diffusion import Diffusion
 from .guidance import class_gradient, find_null_label, network, takes_labels
 from .prepacked import for_sampling
+from .stepping import Plain, Static, Step, keeps_nothing
 from .unet import UNet
 
 __all__ = ["SAMPLERS", "SPACINGS", "coefficients", "sample"]
@@ -133,14 +132,13 @@ def sample(
                 x = z(0).clone(memory_format=torch.contiguous_format)
             labels = y if classifier is None or takes_labels(model) else None
             times = times.to(device, None if times.dtype == torch.int64 else torch.float32)
-            step = _Step(
+            step = Step(
                 network(called, labels, null_label, times, shape[0]),
                 None
                 if classifier is None
                 else partial(class_gradient, classifier, y=y, scale=classifier_scale),
                 times,
                 rows.to(device=device, dtype=torch.float32),
-                counter=torch.zeros(1, dtype=torch.int64, device=device),
                 key=torch.tensor(seed, dtype=torch.int64, device=device) if z is None else None,
                 noise=None if z is None else torch.zeros_like(x),
                 two_step=sampler in TWO_STEP,
@@ -154,8 +152,8 @@ def sample(
                     "impl": impl,
                 },
             )
-            loop = _Static(step, x).captured() if capturing else None
-            loop = loop or _Plain(step, x)
+            loop = Static(step, x).captured() if capturing else None
+            loop = loop or Plain(step, x, keeps_nothing(called))
             states = [x] if stops else []
             for i in _progress(range(len(times)), progress):
                 k = -(-(i + 1) // calls)  # the step that this call belongs to
@@ -171,122 +169,6 @@ def sample(
     # Out of inference mode, so that the images can be used anywhere, training included.
     x = loop.x.clone()
     return (x, [s.clone() for s in states]) if trajectory else x
-
-
-@dataclass
-class _Step:
-    """One step of the loop. Where it stands, counter, is on the device: a replay moves it too."""
-
-    network: Callable  # (x, t) → output, output without the condition or None
-    gradient: Callable | None  # (x, t) → a classifier's
-    times: Tensor  # (n,) int64 or float32
-    rows: Tensor  # (n, 10) float32
-    counter: Tensor  # (1,) int64
-    key: Tensor | None  # () int64
-    noise: Tensor | None  # like x, in place of key: the z of this step
-    two_step: bool
-    options: dict
-
-    def start(self, x: Tensor) -> list[Tensor | None]:
-        """The loop's state: x; x as the network takes it, if not as it is; x̂_0 of the call before,
-        whose first coefficient is 0."""
-        dtype = self.options["model_dtype"]
-        return [
-            x,
-            None if dtype is None else x.to(dtype),
-            torch.zeros_like(x) if self.two_step else None,
-        ]
-
-    def __call__(self, x: Tensor, model_in: Tensor | None, x0: Tensor | None) -> list:
-        t = self.times.index_select(0, self.counter).expand(x.shape[0])
-        out, uncond = self.network(x if model_in is None else model_in, t)
-        found = ops.reverse_step(
-            x,
-            out,
-            self.rows,
-            self.counter,
-            key=self.key,
-            noise=self.noise,
-            uncond=uncond,
-            grad=None if self.gradient is None else self.gradient(x, t),
-            x0_prev=x0,
-            return_x0=self.two_step,
-            **self.options,
-        )
-        self.counter.add_(1)
-        x, *more = found if isinstance(found, tuple) else (found,)
-        x0 = more.pop(0) if self.two_step else None
-        return [x, more[0] if more else None, x0]
-
-
-class _Plain:
-    """The loop as it reads."""
-
-    def __init__(self, step: _Step, x: Tensor) -> None:
-        self.step, self.state = step, step.start(x)
-
-    @property
-    def x(self) -> Tensor:
-        return self.state[0]
-
-    def advance(self) -> None:
-        self.state = self.step(*self.state)
-
-
-class _Static:
-    """The same on memory that stays where it is, as a captured step needs it."""
-
-    def __init__(self, step: _Step, x: Tensor) -> None:
-        self.step, self.begin, self.graph = step, x, None
-        self.state = step.start(x.clone())
-
-    @property
-    def x(self) -> Tensor:
-        return self.state[0]
-
-    def advance(self) -> None:
-        self.graph.replay()
-
-    def run(self) -> None:
-        """One step: what is captured."""
-        for mine, new in zip(self.state, self.step(*self.state), strict=True):
-            if mine is not None:
-                mine.copy_(new)
-
-    def rewind(self) -> None:
-        self.step.counter.zero_()
-        for mine, new in zip(self.state, self.step.start(self.begin), strict=True):
-            if mine is not None:
-                mine.copy_(new)
-
-    def captured(self) -> "_Static | None":
-        """self, ready to replay; None, after a warning, where the step cannot be captured."""
-        try:
-            with torch.cuda.device_of(self.x):
-                self.graph = _capture(self.run, self.rewind)
-        except Exception as error:  # whatever a model may raise: the plain loop will raise it again
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            warnings.warn(
-                f"sampling without a CUDA graph: the step cannot be captured ({reason[:200]})",
-                stacklevel=3,
-            )
-        self.rewind()
-        return self if self.graph is not None else None
-
-
-def _capture(run: Callable, rewind: Callable):
-    """→ a CUDA graph of run(), whose replay() does what run() does."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries allocate and choose their kernels before a capture
-        for _ in range(3):
-            rewind()
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
 
 
 def _wants_graph(graph: bool | str, device: torch.device) -> bool:

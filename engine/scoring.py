@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import cli, curves, data, inception, pictures, scores
+from . import cli, curves, data, drawing, inception, pictures, scores
 from .dealing import deal
 from .device import autocast, choose_precision
 from .distributed import Processes
-from .samplers import sample
 
 if TYPE_CHECKING:
     from .evaluate import EvaluateConfig
@@ -83,25 +82,10 @@ def draw(
 ) -> Iterator[Tensor]:
     """The samples of these batches as pictures (≤ batch, C, H, W) uint8."""
     precision = choose_precision(config.precision, device)
-    size, channels = model.config["image_size"], model.config["in_channels"]
     y = labels_of(config, model)
     for start in (i * config.batch for i in mine):
-        count = min(config.batch, config.n - start)
         with autocast(device, precision):
-            images = sample(
-                model,
-                diffusion,
-                (count, channels, size, size),
-                sampler=config.sampler,
-                steps=steps,
-                spacing=config.spacing,
-                eta=config.eta,
-                seed=config.seed,
-                clip=config.clip,
-                guidance=config.guidance,
-                y=None if y is None else y[start : start + count].to(device),
-                offset=start,
-            )
+            images = drawing.numbered(config, model, diffusion, model, start, steps, y, device)
         # 8 bits, as the real ones have and a file of them would.
         yield torch.from_numpy(pictures.to_bytes(images)).permute(0, 3, 1, 2)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from . import cli, run_lock
 from .resume import (
     check_branch,
+    check_changed,
     check_free,
     check_pictures,
     check_resume,
@@ -41,6 +42,7 @@ def train(config: TrainConfig) -> Path:
     """
     config = complete(config)
     validate(config)
+    check_changed(config)
     # Late, so that --help and a wrong option are answered without waiting for torch.
     from .distributed import joined
 
@@ -200,6 +202,11 @@ def interpreter() -> str:
 
 def command(args: Sequence[str] | None) -> None:
     config = cli.parse(TrainConfig, PROG, args)
+    if config.fsdp and "WORLD_SIZE" not in os.environ:  # a run that had it may go on without
+        raise ValueError(
+            "--fsdp shares out the weights between several processes, and this is one alone: start "
+            f"with torchrun --nproc-per-node=N -m {PROG.split()[-1]} …, or leave --fsdp out"
+        )
     if config.resume is not None:
         # Read again with the run's own configuration as defaults: what differs now was typed.
         saved = saved_config(config.resume)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from . import cli, run_lock
-from .resume import check_free, is_folder
+from .resume import check_changed, check_free, check_pictures, is_folder, saved_options
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,8 @@ class ClassifierConfig:
     """Folder of the run. It is made if need be; one that holds files of a run is refused."""
     resume: Annotated[Path | None, cli.left_out("start a new run", "RUN")] = None
     """Folder of a run to go on with, under its saved options; --steps may be raised."""
+    changed_pictures: bool = False
+    """With --resume: go on although the data set has more, fewer or other pictures than before."""
     data_dir: Annotated[
         Path | None, cli.left_out("Debian's dataset-fashion-mnist, or download")
     ] = None
@@ -77,7 +79,10 @@ class ClassifierConfig:
 
 
 # What --resume may change: how the run is carried out, not what it computes.
-RESUMABLE = {"out", "resume", "data_dir", "steps", "device", "precision", "log_every", "save_every"}
+RESUMABLE = {
+    *("out", "resume", "changed_pictures", "data_dir", "steps", "device", "precision"),
+    *("log_every", "save_every"),
+}
 KEEP_LAST = 2  # newest checkpoints kept
 
 
@@ -100,6 +105,7 @@ class Run:
     def __init__(self, config: ClassifierConfig, model, diffusion, images) -> None:
         import torch
 
+        from . import cache
         from .device import choose_device, choose_precision
 
         self.config, self.diffusion, self.images = config, diffusion, images
@@ -110,6 +116,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, weight_decay=config.weight_decay
         )
+        self.pictures = cache.identity(images)  # for --resume to know them again
         self.step = 0
 
     def logits(self, x0: torch.Tensor, t: torch.Tensor, **noise) -> torch.Tensor:
@@ -190,6 +197,7 @@ class Run:
             "classes": list(self.images.classes),
             "step": self.step,
             "skipped": 0,
+            "pictures": self.pictures,
         }
         checkpoint.save(self.config.out / checkpoint.FILE, tensors, info, KEEP_LAST)
 
@@ -247,6 +255,7 @@ def train(config: ClassifierConfig) -> Run:
 def carry_out(config: ClassifierConfig, stack: contextlib.ExitStack) -> Run:
     """`train`; the run's lock is put on `stack`."""
     validate(config)
+    check_changed(config)
     import torch
 
     from . import checkpoint, data, schedules
@@ -299,6 +308,8 @@ def carry_out(config: ClassifierConfig, stack: contextlib.ExitStack) -> Run:
                 f"{config.dataset} has the classes {', '.join(images.classes)}, but {config.out} "
                 f"was trained with {', '.join(info['classes'])}"
             )
+        if changed := check_pictures(config, images, info):
+            print(changed, file=sys.stderr)
         run.restore(tensors, info)
     cli.make_writable(config.out, "--out")
     if not locked:
@@ -312,14 +323,11 @@ def resumed(config: ClassifierConfig, args: Sequence[str] | None) -> ClassifierC
     """The saved run's options with what was typed. Raises ValueError for what cannot change."""
     from . import checkpoint
 
-    file = checkpoint.find(config.resume)
     _, info = checkpoint.read(config.resume, prefix="none.", quiet=True)
     if info.get("kind") != "classifier":
         raise ValueError(f"--resume {config.resume} is no classifier's run: use engine.train")
     known = {field.name for field in dataclasses.fields(ClassifierConfig)}
-    values = {k: v for k, v in info["train"].items() if k in known}
-    values["data_dir"] = Path(values["data_dir"]) if values.get("data_dir") else None
-    saved = ClassifierConfig(**{**values, "out": file.parent, "resume": config.resume})
+    saved = ClassifierConfig(**saved_options(config.resume, ClassifierConfig))
     # Read again with the run's own options as defaults: what differs now was typed.
     config = cli.parse(ClassifierConfig, PROG, args, default=saved)
     for name in sorted(known - RESUMABLE):

@@ -74,7 +74,6 @@ class Trainer:
         self.drawn: list[tuple[Tensor, Tensor]] = []  # t and loss of this step's images, for it
         self.guard = Guard(self.device, self.execution.precision, self.say)
         self.pictures = cache.identity(images)  # for --resume to know them again
-        model.drops_labels = False  # `loss` does, for all processes
         self.signals: Signals | None = None
         self.stop = 0  # the signal that ends the run after this step, on whichever process it came
         self.step = 0  # optimiser steps done, those that the guard left out included
@@ -109,8 +108,14 @@ class Trainer:
             purpose = 3 + 100 * self.processes.rank
             torch.manual_seed(data.generator(seed, purpose, index).initial_seed())
         draw = {"t": t[mine].to(self.device), "key": seed, "step": index, "offset": first}
-        with self.execution.autocast():
-            loss = self.diffusion.loss(self.parallel.network, x0, y=y, reduction=reduction, **draw)
+        dropping, self.model.drops_labels = self.model.drops_labels, False  # they are, just above
+        try:
+            with self.execution.autocast():
+                loss = self.diffusion.loss(
+                    self.parallel.network, x0, y=y, reduction=reduction, **draw
+                )
+        finally:
+            self.model.drops_labels = dropping
         if self.t_sampler is None:
             return loss
         self.drawn.append((t, loss.detach()))

@@ -15,7 +15,8 @@ bound by  one read of each operand, one write of each result
 
 An absent operand is None: a kernel is compiled for each set of operands. Operands may be slices of
 larger tensors: element (n, c, s) lies at n·sample + c·pitch + s or, channels_last, at
-n·sample + s·pitch + c. Launched with enable_fp_fusion=False (noise.py).
+n·sample + s·pitch + c. x_next may be x's memory: a program reads its elements before it writes
+them. Launched with enable_fp_fusion=False (noise.py).
 """
 
 import torch

@@ -23,6 +23,7 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emulation"
 HEADER = ROOT / "tests" / "cuda_on_cpu.h"
+HEADERS = ("tests/cuda_on_cpu*.h", "csrc/*.h", "csrc/*/*.h")
 OPS = tuple(op for op in native.OPS if op not in native.CPU_OPS)
 OPS += native.BLOCKED_OPS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,7 +63,7 @@ def build(namespace: str = "engine_emu", patch: dict[str, tuple[str, str]] | Non
 
 def _build(namespace: str, patch: dict[str, tuple[str, str]] | None) -> Path:
     headers = b"".join(
-        p.read_bytes() for p in sorted([HEADER, *ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/*/*.h")])
+        p.read_bytes() for p in sorted([p for where in HEADERS for p in ROOT.glob(where)])
     )
     torch_flags = [f"-I{p}" for p in cpp_extension.include_paths()]
     torch_flags += [f"-DENGINE_NS={namespace}", "-DENGINE_EMULATE"]

@@ -4,11 +4,7 @@ import copy
 import gc
 import io
 import pickle
-import re
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import foreign_models
@@ -20,10 +16,8 @@ from torch import nn
 
 import engine
 from engine.backend import Backend
-from engine.backend import engine as backend_function
 from engine.rewrite import rewrite
 
-ROOT = Path(__file__).parent.parent
 X, T = torch.randn(2, 2, 8, 8), torch.tensor([7, 931])
 
 
@@ -32,52 +26,6 @@ def model():
     torch.compiler.reset()
     torch.manual_seed(0)
     return foreign_models.Plain()
-
-
-def run(code: str, *path) -> str:
-    """In a new process that finds `path` and nothing of this tree unless named."""
-    preface = f"import sys; sys.path[:0] = {[str(p) for p in path]!r}\n"
-    done = subprocess.run(
-        [sys.executable, "-c", preface + code], cwd="/", capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-COMPILE = """
-import torch, torch.nn.functional as F
-plain = lambda x: F.silu(F.group_norm(x, 2))
-compiled = torch.compile(plain, backend="engine", options={"inner": "eager"})
-x = torch.randn(2, 4, 3, 3)
-assert torch.allclose(compiled(x), plain(x), atol=1e-5)
-print("compiled", "engine.rewrite" in sys.modules)
-"""
-
-
-def test_an_installed_engine_is_found_without_an_import(tmp_path):
-    """By the entry point that pyproject.toml declares, in metadata as an installer writes it."""
-    text = (ROOT / "pyproject.toml").read_text()
-    section = re.search(r"\[project.entry-points.(\w+)\]\n(\w+) = \"(.+)\"", text)
-    group, name, target = section.groups()
-    folder = tmp_path / "aa_engine_under_test-0.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: aa-engine-under-test\nVersion: 0\n"
-    )
-    (folder / "entry_points.txt").write_text(f"[{group}]\n{name} = {target}\n")
-    assert run(COMPILE, tmp_path, ROOT).split() == ["compiled", "True"]
-
-
-def test_import_names_the_backend_and_does_not_import_dynamo():
-    loaded = "print('torch._dynamo' in sys.modules, 'engine.backend' in sys.modules)"
-    said = run(f"import engine\n{loaded}\n{COMPILE}", ROOT)
-    assert said.split() == ["False", "False", "compiled", "True"]
-
-
-def test_what_import_names_is_the_backend():
-    registry = SimpleNamespace(_BACKENDS={})
-    engine._name_backend(registry)
-    assert registry._BACKENDS["engine"].load() is backend_function
 
 
 def test_options(model):
@@ -236,7 +184,7 @@ def test_what_cannot_be_accelerated(model):
     with pytest.raises(
         ValueError, match=r"model is function, expected an nn\.Module or a pipeline"
     ):
-        engine.accelerate(run)
+        engine.accelerate(layers)
     with pytest.raises(ValueError, match="already compiled"):
         engine.accelerate(torch.compile(model))
     model.compile(backend="eager")

@@ -206,6 +206,32 @@ def test_command_trains_saves_and_resumes(folder, capsys):
         engine.load("c")
 
 
+def test_resume_knows_the_pictures_again(folder, capsys):
+    def resumed(steps, *more):
+        code = train_classifier.main(["--resume", "c", "--steps", str(steps), *more])
+        return code, capsys.readouterr().err
+
+    assert train_classifier.main([*COMMAND, "--steps", "1"]) == 0
+    capsys.readouterr()
+    before = (folder / "c" / checkpoint.FILE).read_bytes()
+    (folder / "pictures" / "dark" / "0.png").rename(folder / "pictures" / "dark" / "00.png")
+    code, said = resumed(2)
+    assert code == 2 and "as many pictures as it had, 24, but not the same" in said
+    (folder / "pictures" / "dark" / "00.png").unlink()
+    code, said = resumed(2)
+    assert code == 2 and "has 23 pictures, but the run has seen 24" in said
+    assert said.count("\n") == 1 and "--changed-pictures to go on" in said
+    assert (folder / "c" / checkpoint.FILE).read_bytes() == before
+    code, said = resumed(2, "--changed-pictures")
+    assert code == 0 and "from here on the run is another one" in said
+    assert resumed(3)[0] == 0  # these are now the run's
+    (folder / "pictures" / "dark" / "2.png").unlink()
+    assert resumed(4)[0] == 2  # what was allowed once is not for ever
+    code = train_classifier.main([*COMMAND, "--out", "d", "--changed-pictures"])
+    assert code == 2 and "give --resume RUN too" in capsys.readouterr().err
+    assert not (folder / "d").exists()
+
+
 def test_a_damaged_or_other_checkpoint_is_one_sentence(folder):
     run = make_run(folder / "c")
     (folder / "c").mkdir()

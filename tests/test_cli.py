@@ -170,6 +170,11 @@ def test_help_teaches_every_option(main, capsys):
         (["--device", "mps"], "device mps is not supported: give cpu or cuda"),
         (["--device", "cuda:99"], NO_CUDA),
         (["--label-dropout", "0.1"], "--label-dropout 0.1 must lie in 0 … 1 and needs --classes"),
+        (["--changed-pictures"], "--changed-pictures is said of a run that goes on: give --resume"),
+        (
+            ["--fsdp"],
+            "several processes, and this is one alone: start with torchrun .* -m engine.t",
+        ),
         (["--dataset", "pictures/a", "--classes"], "lies in no class folder.*leave --classes out"),
     ],
 )

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_unet import alive
 from train_several import TINY
+from training import SHORT
 from two_processes import ROOT, torchrun
 
 from engine import checkpoint, data, ops, unet
@@ -42,30 +43,17 @@ def options(place, name, **changes) -> dict:
     values = {
         "dataset": str(place / "pictures"),
         "out": str(place / name),
-        "preset": "cifar10",
         "image_size": 8,
         "channels": 1,
         "classes": True,
         "label_dropout": 0.3,
-        "flip": True,
-        "timesteps": 20,
         "steps": 50,
         "batch": 8,
         "accumulate": 2,
-        "lr": 1e-3,
-        "warmup": 2,
-        "decay": 0.0,
         "ema": 0.99,
-        "log_every": 1,
-        "save_every": 100,
-        "sample_every": 0,
-        "samples": 0,
-        "sample_steps": 2,
-        "device": "cpu",
         "precision": "fp32",
-        "tensorboard": False,
     }
-    return {**values, **changes}
+    return {**SHORT, **values, **changes}
 
 
 def described(place, *runs) -> Path:

@@ -5,7 +5,7 @@ import torch
 from test_samplers import SHAPE, curved, diffusion
 
 import engine
-from engine import samplers
+from engine import samplers, stepping
 
 
 class Replayed:
@@ -19,7 +19,7 @@ class Replayed:
 
     def replay(self):
         loop = self.run.__self__
-        memory = [t.data_ptr() for t in (*loop.state, loop.step.counter) if t is not None]
+        memory = [t.data_ptr() for t in (*loop.state, loop.counter) if t is not None]
         self.memory = self.memory or memory
         assert memory == self.memory
         self.replays += 1
@@ -32,7 +32,7 @@ def graphs(monkeypatch):
     made = []
     monkeypatch.setattr(samplers, "_wants_graph", lambda graph, device: graph is True)
     monkeypatch.setattr(
-        samplers, "_capture", lambda run, rewind: made.append(Replayed(run, rewind)) or made[-1]
+        stepping, "capture", lambda run, rewind: made.append(Replayed(run, rewind)) or made[-1]
     )
     return made
 
@@ -88,7 +88,7 @@ def test_a_step_that_cannot_be_captured_runs_as_ever(graphs, monkeypatch):
         run()  # half a warm-up leaves its traces
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(samplers, "_capture", refuse)
+    monkeypatch.setattr(stepping, "capture", refuse)
     plain = engine.sample(curved, diffusion(25), SHAPE)
     with pytest.warns(UserWarning, match="without a CUDA graph: .*when stream is capturing.$"):
         found = engine.sample(curved, diffusion(25), SHAPE, graph=True)

@@ -230,6 +230,26 @@ def test_class_conditional_run(work):
     assert model.null_label == 2 and model.config["label_dropout"] == 0.25
 
 
+def test_labels_are_dropped_once_and_by_the_model_itself_afterwards(work, monkeypatch):
+    """The trainer does in its steps, for all processes; the model for whoever trains it then."""
+    images = data.open_dataset(str(work / "pictures"), size=8, labels=True)
+    c = config(work, classes=True, label_dropout=1.0)
+    model = command.new_model(c, 8, 1, 2)
+    trainer = Trainer(c, model, command.new_diffusion(c), images, work)
+    seen, real = [], engine.UNet.drop_labels
+    monkeypatch.setattr(
+        engine.UNet, "drop_labels", lambda *args: seen.append(model.drops_labels) or real(*args)
+    )
+    x, y = data.batch(images, 0, 4, seed=0)
+    trainer.train_step(x, y)
+    assert seen == [True] and model.drops_labels
+    with pytest.raises(ValueError, match="multiples of 2"):
+        trainer.loss(x[:, :, :7], y, 0)
+    assert model.drops_labels
+    model(x, torch.zeros(4), y)
+    assert len(seen) == 3  # the two by the trainer, this one by the model
+
+
 def test_learning_rate_warms_up_and_decays(work):
     images = data.open_dataset(str(work / "pictures"), size=8)
     c = config(work, steps=100, warmup=10, lr=1.0, decay=0.5)

@@ -56,7 +56,7 @@ def test_resume_continues_exactly(work, eventful, monkeypatch, path):
     """10 steps and 10 more are 20 steps: pictures, mirror images, t, noise, dropout, labels left
     out, the gradient's scale, and what the guard finds unusual."""
     if path == "decoded batch by batch":
-        monkeypatch.setattr(data, "_into_memory", lambda images, limit: images)
+        monkeypatch.setattr(data, "into_memory", lambda images, limit: images)
     options = {"precision": "fp32", "steps": 20, **PATHS[path]}
     whole = train(config(work, out=work / "whole", **options))
     halves = work / "halves"

@@ -9,30 +9,34 @@ from engine import checkpoint
 from engine import train as command
 from engine.train import TrainConfig
 
+# Of any run here: short, on the CPU, and without pictures in between.
+SHORT = {
+    "preset": "cifar10",  # tiny here
+    "timesteps": 20,
+    "lr": 1e-3,
+    "warmup": 2,
+    "decay": 0.0,
+    "log_every": 1,
+    "save_every": 100,
+    "sample_every": 0,
+    "samples": 0,
+    "sample_steps": 2,
+    "device": "cpu",
+    "tensorboard": False,
+    "flip": True,
+}
+
 
 def config(work, **changes) -> TrainConfig:
     """Six steps of four pictures; `work` is the fixture of that name."""
     values = {
         "dataset": str(work / "pictures"),
         "out": work / "run",
-        "preset": "cifar10",  # tiny here
-        "timesteps": 20,
         "steps": 6,
         "batch": 4,
-        "lr": 1e-3,
-        "warmup": 2,
-        "decay": 0.0,
         "ema": 0.999,
-        "log_every": 1,
-        "save_every": 100,
-        "sample_every": 0,
-        "samples": 0,
-        "sample_steps": 2,
-        "device": "cpu",
-        "tensorboard": False,
-        "flip": True,
     }
-    return TrainConfig(**{**values, **changes})
+    return TrainConfig(**{**SHORT, **values, **changes})
 
 
 def resumed(run, **changes) -> TrainConfig:

@@ -6,6 +6,8 @@
 // General, and whatever lies in several layouts: over tiles of channels x positions, each operand
 //   read into a buffer of floats that stays in the nearest cache, so that a variant costs the bytes
 //   of its operands: 4 or 2 an element each. Its flags are tested once a tile, not once an element.
+//   A call that asks for no variant over memory that lies alike runs as a plain one: 10
+//   against 18 us, 32 x 1 x 32 x 32 with given noise. x_next may be x's memory.
 // Threshold: |x0| of a sample into memory, a histogram of 11 bits of the floats, then the exact
 //   order statistics inside one bin. Parallel over samples. Bound: 4 bytes written and 8 read.
 // Nothing is saved, nothing refused.
@@ -65,6 +67,22 @@ void flatten(ReverseStepGeneral* p, bool drawn, bool has_results) {
   p->channels_last = false;
 }
 
+// The flattened general call as a plain one; false where it is none, or its samples have gaps.
+bool plain_of(const ReverseStepGeneral& p, const StepRow& row, ReverseStep* plain) {
+  if (p.v.data || p.uncond.data || p.grad.data || p.threshold || p.x0 || p.model_in) return false;
+  if (p.x0_prev.data && row.e != 0) return false;
+  for (const StepOperand* o : {&p.x, &p.model_out, &p.noise}) {
+    const bool one_run = o->pitch == p.S && (o->sample == p.C * p.S || p.N == 1);
+    if (o->data && (o->channels_last || !one_run)) return false;
+  }
+  if (p.channels_last) return false;
+  plain->N = p.N, plain->C = p.C, plain->S = p.S;
+  plain->x = p.x.data, plain->model_out = p.model_out.data, plain->noise = p.noise.data;
+  plain->dtype = p.dtype, plain->model_out_dtype = p.model_out.dtype;
+  plain->seed = p.seed, plain->step = p.step, plain->offset = p.offset;
+  return p.noise.data == nullptr || p.noise.dtype == p.dtype;
+}
+
 int64_t tile_positions(const ReverseStepGeneral& p) { return p.C == 1 ? kTile : kTilePositions; }
 int64_t tiles_of_sample(const ReverseStepGeneral& p) {
   return (p.C + kTileChannels - 1) / kTileChannels *
@@ -111,6 +129,13 @@ float quantile(float* values, float* bin, int64_t n, int64_t rank, float fractio
   return high == low ? low : low + fraction * (high - low);
 }
 
+void run_plain(const ReverseStep& p, const Step& step, void* x_next,
+               const ParallelFor& parallel_for) {
+  const ReverseStepRange range = ENGINE_PICK(reverse_step_range)(p.dtype, p.model_out_dtype);
+  parallel_for(p.N * p.C * p.S, step.s != 0 && !p.noise ? 4096 : 32768,
+               [&](int64_t begin, int64_t end) { range(p, step, x_next, begin, end); });
+}
+
 }  // namespace
 
 void reverse_step_fwd_cpu(const ReverseStep& p, void* x_next, const ParallelFor& parallel_for) {
@@ -125,9 +150,7 @@ void reverse_step_fwd_cpu(const ReverseStep& p, void* x_next, const ParallelFor&
   const bool alike = p.x_channels_last == p.model_out_channels_last &&
                      (!any_noise || p.x_channels_last == noise_last);
   if (!alike) return reverse_step_general_fwd_cpu(general_of(p, x_next), parallel_for);
-  const ReverseStepRange range = ENGINE_PICK(reverse_step_range)(p.dtype, p.model_out_dtype);
-  parallel_for(p.N * p.C * p.S, any_noise && !p.noise ? 4096 : 32768,
-               [&](int64_t begin, int64_t end) { range(p, step, x_next, begin, end); });
+  run_plain(p, step, x_next, parallel_for);
 }
 
 void reverse_step_general_fwd_cpu(const ReverseStepGeneral& given,
@@ -135,6 +158,11 @@ void reverse_step_general_fwd_cpu(const ReverseStepGeneral& given,
   ReverseStepGeneral p = given;
   const StepRow row = row_of(p);
   flatten(&p, row.s != 0 && !p.noise.data, true);
+  ReverseStep plain;
+  if (plain_of(p, row, &plain)) {
+    const Step step{row.a, row.b, row.c, row.d, row.s, p.clip};
+    return run_plain(plain, step, p.x_next, parallel_for);
+  }
   const ReverseStepLoops& loops = ENGINE_PICK(reverse_step_loops);
   const int64_t tiles = tiles_of_sample(p);
   parallel_for(p.N * tiles, 4, [&](int64_t begin, int64_t end) {

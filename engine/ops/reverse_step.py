@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import dispatch
 from .layout import at_least_4d, check_tensors, dense, is_positive, is_whole, scalar
+from .results import results_of, written
 
 COLUMNS = (5, 10)
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,6 +32,7 @@ def reverse_step(
     dynamic_threshold_max: float | None = None,  # m is at most this, 1 or more
     return_x0: bool = False,  # also return x0 (x's dtype)
     model_dtype: torch.dtype | None = None,  # also return x_next in this dtype, for the network
+    out: Tensor | tuple[Tensor, ...] | None = None,  # where the results are written, and returned
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """x0 = clip(a·x + b·out); x_next = c·x0 + d·x + s·z, with (a, b, c, d, s) = coeffs[step].
@@ -55,11 +57,16 @@ def reverse_step(
     return_x0 and model_dtype make the result a tuple (x_next, x0, x_next in model_dtype) of what
     was asked for.
 
+    out is a tensor where one is returned, else a tuple in the same order; each as the call would
+    have made it: shape, dtype, device, and the layout of x, which must be contiguous or
+    channels_last to be followed: any other x gives contiguous results. x_next may be x itself.
+    Nothing else of out may share memory, neither with what is read nor with each other.
+
     A step tensor outside the table gives NaN, since reading it back would stall a GPU. Raises
     ValueError for arguments that do not fit, BackendError (RuntimeError) when an explicit impl
-    cannot serve; only eager has a gradient.
+    cannot serve; only eager has a gradient, and out= has none (RuntimeError).
     """
-    if (
+    variant = (
         uncond is not None
         or grad is not None
         or x0_prev is not None
@@ -69,24 +76,43 @@ def reverse_step(
         or dynamic_threshold_max is not None
         or model_dtype is not None
         or guidance != 1
-    ):
-        operands = (uncond, grad, x0_prev)
-        _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset, learned_range)
-        threshold = (dynamic_threshold, dynamic_threshold_max)
+    )
+    operands = (uncond, grad, x0_prev)
+    threshold = (dynamic_threshold, dynamic_threshold_max)
+    _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset, learned_range)
+    if variant:
         _check_variants(x, model_out, *operands, guidance, *threshold, clip, model_dtype)
-        args = _reverse_step_args(x, model_out, coeffs, step, key, noise, clip, offset)
-        backend = dispatch.pick(
-            "reverse_step", "eager" if x.numel() == 0 else impl, *args, *operands
-        )
-        run = _eager_variant if backend == "eager" else _variant
-        found = run(args, operands, guidance, threshold, return_x0, model_dtype, backend)
-        return found if len(found) > 1 else found[0]
-    _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset)
     args = _reverse_step_args(x, model_out, coeffs, step, key, noise, clip, offset)
-    backend = dispatch.pick("reverse_step", "eager" if x.numel() == 0 else impl, *args)
+    results = None
+    if out is not None:
+        reads = (x, model_out, noise, *operands, coeffs, args[3], args[4])
+        results = results_of(out, x, return_x0, model_dtype, reads)
+    general = variant or out is not None
+    backend = dispatch.pick(
+        "reverse_step", "eager" if x.numel() == 0 else impl, *args, *(operands if general else ())
+    )
+    if general and backend != "eager":
+        more = (guidance, threshold, return_x0, model_dtype)
+        found = _variant(args, operands, *more, backend, results)
+    elif variant:
+        more = (guidance, threshold, return_x0, model_dtype)
+        found = _eager_variant(args, operands, *more)
+    else:
+        found = (_plain(args, backend),)
+    if out is None:
+        return found if len(found) > 1 else found[0]
+    if backend == "eager":
+        for mine, new in zip(results, found, strict=True):
+            mine.copy_(new)
+    else:
+        written(results)
+    return out
+
+
+def _plain(args: tuple, backend: str) -> Tensor:
+    x, model_out, coeffs, step, seed, noise, clip, offset = args
     shape = x.shape
     if backend != "eager":
-        x, model_out, coeffs, step, seed, noise, clip, offset = args
         x, model_out = dense(at_least_4d(x)), dense(at_least_4d(model_out))
         noise = None if noise is None else dense(at_least_4d(noise))
         args = (x, model_out, coeffs, step, seed, noise, clip, offset)
@@ -94,7 +120,7 @@ def reverse_step(
     return y.view(shape) if y.shape != shape else y
 
 
-def _variant(args, operands, guidance, dynamic_threshold, return_x0, model_dtype, backend):
+def _variant(args, operands, guidance, dynamic_threshold, return_x0, model_dtype, backend, out):
     x, model_out, coeffs, step, seed, noise, clip, offset = args
     shape, x = x.shape, dense(at_least_4d(x))
     model_out, noise, uncond, grad, x0_prev = (
@@ -110,9 +136,14 @@ def _variant(args, operands, guidance, dynamic_threshold, return_x0, model_dtype
         )
         if largest is not None:
             threshold.clamp_(max=largest)
-    x_next = torch.empty_like(x)
-    x0 = torch.empty_like(x) if return_x0 else None
-    model_in = None if model_dtype is None else torch.empty_like(x, dtype=model_dtype)
+    if out is None:
+        x_next = torch.empty_like(x)
+        x0 = torch.empty_like(x) if return_x0 else None
+        model_in = None if model_dtype is None else torch.empty_like(x, dtype=model_dtype)
+    else:
+        out = [t if t.shape == x.shape else t.view(x.shape) for t in out]
+        x_next, x0 = out[0], out[1] if return_x0 else None
+        model_in = None if model_dtype is None else out[-1]
     dispatch.function("reverse_step", "general_fwd", backend)(
         *(x_next, x0, model_in, x, model_out, uncond, grad, x0_prev, threshold, *rows),
         *(seed, noise, float(guidance), clip, offset),
@@ -120,9 +151,9 @@ def _variant(args, operands, guidance, dynamic_threshold, return_x0, model_dtype
     return tuple(t.view(shape) for t in (x_next, x0, model_in) if t is not None)
 
 
-def _eager_variant(args, operands, guidance, dynamic_threshold, return_x0, model_dtype, backend):
+def _eager_variant(args, operands, guidance, dynamic_threshold, return_x0, model_dtype):
     x, model_out, coeffs, step, seed, noise, clip, offset = args
-    x_next, x0 = dispatch.function("reverse_step", "general", backend)(
+    x_next, x0 = dispatch.function("reverse_step", "general", "eager")(
         *(x, model_out, *operands, coeffs, step, seed, noise, guidance, clip, *dynamic_threshold),
         offset,
     )
@@ -132,6 +163,11 @@ def _eager_variant(args, operands, guidance, dynamic_threshold, return_x0, model
     if model_dtype is not None:
         found.append(x_next.to(model_dtype))
     return tuple(found)
+
+
+def is_read(t: Tensor) -> bool:
+    """Whether the kernels read this operand where it lies, and in this shape."""
+    return t.dim() in (4, 5) and _sliced(t) is t
 
 
 def _sliced(t: Tensor) -> Tensor:  # (N, C, H, W) or (N, C, D, H, W)
@@ -152,14 +188,18 @@ def _sliced(t: Tensor) -> Tensor:  # (N, C, H, W) or (N, C, D, H, W)
 def arguments(
     x, model_out, coeffs, step, *, key=None, noise=None, clip=1.0, offset=0, learned_range=False,
     uncond=None, guidance=1.0, grad=None, x0_prev=None, dynamic_threshold=None,
-    dynamic_threshold_max=None, return_x0=False, model_dtype=None,
+    dynamic_threshold_max=None, return_x0=False, model_dtype=None, out=None,
 ):  # fmt: skip
     operands = (uncond, grad, x0_prev)
     _check_reverse_step(x, model_out, coeffs, step, key, noise, clip, offset, learned_range)
     threshold = (dynamic_threshold, dynamic_threshold_max)
     _check_variants(x, model_out, *operands, guidance, *threshold, clip, model_dtype)
     given = [t for t in operands if t is not None]
-    return *_reverse_step_args(x, model_out, coeffs, step, key, noise, clip, offset), *given
+    args = _reverse_step_args(x, model_out, coeffs, step, key, noise, clip, offset)
+    if out is not None:
+        reads = (x, model_out, noise, *operands, coeffs, args[3], args[4])
+        results_of(out, x, return_x0, model_dtype, reads)
+    return *args, *given
 
 
 def _reverse_step_args(x, model_out, coeffs, step, key, noise, clip, offset) -> tuple:
