@@ -17,7 +17,10 @@ from .blocks import Linear, ResBlock
 from .program import Recorded
 
 CAP = 2**24  # bytes of embeddings that are kept at a time
-MANY = 16  # steps from which on recording one, for the time of two, pays
+# Steps of a run from which on recording one pays: it takes the time of two, and spares the later
+# ones 37 % at batch 1, 14 % at 32, 5 % at 128 (6.8 M parameters, 1×32×32, bfloat16).
+MANY, MANY_LARGE = 16, 48
+LARGE = 2**16  # elements of x
 
 
 class Product(nn.Module):
@@ -92,7 +95,7 @@ class Embedded:
                 return self.model(x, t, y)
             self.model.check_input(x, t)
             rows = self.embedding(row)
-            if len(self.times) < MANY:
+            if len(self.times) < (MANY if x.numel() < LARGE else MANY_LARGE):
                 return self.denoise(x, rows)
             return self.recorded(self.denoise, x, rows)
 
