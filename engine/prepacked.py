@@ -192,7 +192,7 @@ class _PackedConv2d(_Packed):
                 add = y if add is None else y.add_(add)
             else:
                 add = torch.ops.mkldnn._convolution_pointwise.binary(
-                    part, add, weight, bias, *self.geometry, "add", 1.0, None, [], None
+                    part, add, weight, bias, *self.geometry, "add", None, None, [], None
                 )
         return add
 

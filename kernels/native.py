@@ -385,3 +385,16 @@ def forward_noise_loss_bwd(
     return torch.ops.engine.forward_noise_loss_bwd.default(
         dloss, model_out, x0, coeffs, t, weights, seed, step, noise, offset, loss
     )
+
+
+def program_new(constants: list[Tensor], strings: list[str], code: list[int]) -> int:
+    """The number of a program, in the language of csrc/ops_program.cpp."""
+    return torch.ops.engine.program_new.default(constants, strings, code)
+
+
+def program_run(number: int, x: Tensor, rows: Tensor) -> Tensor:
+    return torch.ops.engine.program_run.default(number, x, rows)
+
+
+def program_free(number: int) -> None:
+    torch.ops.engine.program_free.default(number)
