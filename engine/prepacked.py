@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import dispatch
+from . import amx, dispatch
 from .blocks import (
     AttentionBlock,
     Conv2d,
@@ -29,6 +29,7 @@ from .blocks import (
     ResBlock,
     TimeEmbedding,
     Upsample,
+    upsample_nearest,
 )
 from .device import PACKED, cannot_pack
 from .embedded import Embedded, Product, Slice, share
@@ -86,6 +87,7 @@ def _casts_by_itself(twin: nn.Module) -> bool:
     ours = (UNet, TimeEmbedding, Level, ResBlock, AttentionBlock, Downsample, Upsample)
     ours += (GroupNormSiLU, nn.Embedding, nn.ModuleList, nn.Identity, nn.Dropout)
     ours += (_PackedConv2d, _PackedLinear, _PackedUpsample, Product, Slice, _Norm)
+    ours += (_AmxConv2d, _AmxLinear, _AmxUpsample)
     return all(
         type(m) in ours and not _changed(m) and "forward" not in m.__dict__ for m in twin.modules()
     )
@@ -114,19 +116,26 @@ def _missing(model: Callable) -> str:
     return cannot_pack(_computes_in(model))
 
 
+def _is(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether it is of exactly this kind, and its call is what the kind's is."""
+    return type(module) is kind and not _changed(module) and "forward" not in module.__dict__
+
+
 def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A shallow copy of the tree: the same tensors under new modules."""
-    plain = not _changed(module) and "forward" not in module.__dict__
-    if plain and type(module) is Conv2d and module.padding_mode == "zeros":
-        return _PackedConv2d(module, dtype)
-    if plain and type(module) is Linear:
-        return _PackedLinear(module, dtype)
-    if plain and type(module) is GroupNormSiLU:
+    by_amx = dtype == torch.bfloat16 and amx.available()
+    if _is(module, Conv2d) and module.padding_mode == "zeros":
+        serves = by_amx and amx.serves(module)
+        return (_AmxConv2d if serves else _PackedConv2d)(module, dtype)
+    if _is(module, Linear):
+        return (_AmxLinear if by_amx else _PackedLinear)(module, dtype)
+    if _is(module, GroupNormSiLU):
         return _Norm(module)
-    if plain and type(module) is Upsample and dtype == torch.float32:
-        conv = module.conv
-        if type(conv) is Conv2d and not _changed(conv) and "forward" not in conv.__dict__:
-            return _PackedUpsample(conv, dtype)
+    if _is(module, Upsample) and _is(module.conv, Conv2d):
+        if dtype == torch.float32:
+            return _PackedUpsample(module.conv, dtype)
+        if by_amx and amx.serves(module.conv):
+            return _AmxUpsample(module.conv, dtype)
     if isinstance(module, (_Packed, Slice, _Norm)):
         return module
     twin = module.__class__.__new__(module.__class__)
@@ -216,6 +225,45 @@ class _PackedLinear(_Packed):
     def pack(self, rows: int) -> tuple[Tensor, Tensor | None]:
         weight = self.layer[0].weight.detach().to(self.dtype).contiguous()
         return torch.ops.mkldnn._reorder_linear_weight(weight, rows), self.bias()
+
+
+class _AmxConv2d(_PackedConv2d):
+    """By our own kernel where few pictures come; else by oneDNN, of which a call costs 40 µs before
+    it computes."""
+
+    tiles = None
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor], add: Tensor | None = None) -> Tensor:
+        x, x2 = x if isinstance(x, tuple) else (x, None)
+        if not amx.takes(x, x2, add):
+            return super().forward(x if x2 is None else (x, x2), add)
+        if self.tiles is None:
+            self.tiles = amx.Tiles(self.layer[0])
+        return self.tiles(x, x2, add)
+
+
+class _AmxLinear(_PackedLinear):
+    """The same for a projection."""
+
+    tiles = None
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        if not amx.projects(x, add):
+            return super().forward(x, add)
+        if self.tiles is None:
+            self.tiles = amx.Tiles(self.layer[0])
+        return self.tiles.project(x, add)
+
+
+class _AmxUpsample(_AmxConv2d):
+    """Nearest ×2 and a 3×3 convolution, which reads the small image as if it were the large one."""
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        if not amx.takes(x):
+            return super().forward(upsample_nearest(x))
+        if self.tiles is None:
+            self.tiles = amx.Tiles(self.layer[0])
+        return self.tiles(x, upsample=True)
 
 
 class _PackedUpsample(_Packed):

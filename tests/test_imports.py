@@ -18,7 +18,7 @@ LAYERS = (
     "distributed",
     "ops cli inception execution run_lock checkpoint_file dealing metrics",
     "likelihood blocks fashion_mnist pictures patterns memory_format decoding picture_folder",
-    "diffusion unet hugging_face rewrite fused_scheduler embedded",
+    "diffusion unet hugging_face rewrite fused_scheduler embedded amx",
     "data prepacked coefficients guidance classifier curves backend diffusers_schedulers parallel",
     "samplers foreign acceleration",
     "checkpoint",
