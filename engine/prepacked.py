@@ -5,8 +5,11 @@ once, not at every call.
 convolutions and the projections. Those hold their weights in `dtype`, in the blocks that oneDNN's
 kernels read (at batch 1 a call that had to reorder them took 150-210 µs where it now takes 100),
 and take a residual as the kernel's last operation (convolutions in bfloat16 alone), where eager
-reads and writes the image again. Norms go to their kernel without the checks of the front door.
-The model itself stays as it is: it may be trained, copied or sampled by another thread meanwhile.
+reads and writes the image again. In bfloat16, on a chip with AMX and for few pictures, a kernel of
+our own takes oneDNN's place (amx.py), whose call takes longer than the products of a small image;
+a pair is then not concatenated, nor an image enlarged before its convolution. Norms go to their
+kernel without the checks of the front door. The model itself stays as it is: it may be trained,
+copied or sampled by another thread meanwhile.
 CPU and inference only. A twin is of the model as it was: its convolutions and projections keep the
 weights of the moment when it was made or first ran, while norms and embeddings are the model's own.
 """
@@ -235,7 +238,7 @@ class _AmxConv2d(_PackedConv2d):
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor], add: Tensor | None = None) -> Tensor:
         x, x2 = x if isinstance(x, tuple) else (x, None)
-        if not amx.takes(x, x2, add):
+        if not amx.takes(self.layer[0], x, x2, add):
             return super().forward(x if x2 is None else (x, x2), add)
         if self.tiles is None:
             self.tiles = amx.Tiles(self.layer[0])
@@ -259,7 +262,7 @@ class _AmxUpsample(_AmxConv2d):
     """Nearest ×2 and a 3×3 convolution, which reads the small image as if it were the large one."""
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        if not amx.takes(x):
+        if not amx.takes(self.layer[0], x):
             return super().forward(upsample_nearest(x))
         if self.tiles is None:
             self.tiles = amx.Tiles(self.layer[0])

@@ -218,12 +218,12 @@ def test_twin_takes_it(option, monkeypatch):
     x, t, y = inputs(model)
     wide = torch.cat([x, x.flip(3)], 3)
     with torch.inference_mode():
-        for x in (x, x[:1], wide, x):
-            given = t[: len(x)], y if y is None else y[: len(x)]
+        for images in (x, x[:1], wide, x):
+            rest = t[: len(images)], y if y is None else y[: len(images)]
             calls.clear()
-            found = twin(x.to(BF16), *given)
+            found = twin(images.to(BF16), *rest)
             assert len(calls) > 10
-            truth, plain = high(x.double(), *given), low(x.to(BF16), *given)
+            truth, plain = high(images.double(), *rest), low(images.to(BF16), *rest)
             assert_within_budget(found, truth, plain, factor=FORWARD)
 
 
@@ -240,5 +240,13 @@ def test_other_layouts_and_layers_go_to_onednn(monkeypatch):
                 assert torch.allclose(twin(given, *more), plain, atol=0.03, rtol=0.02)
                 by_kernel = given is x and getattr(layer, "kernel_size", (3, 3)) == (3, 3)
                 assert len(calls) == by_kernel
+    monkeypatch.setitem(amx.MOST, 3, 127)  # as if oneDNN were the faster one
+    twin = prepacked(Conv2d(32, 16, 3, padding=1), BF16)
+    calls.clear()
+    with torch.inference_mode():
+        twin(x)
+        assert not calls
+        twin(x[:1])
+    assert len(calls) == 1
     monkeypatch.setenv("ENGINE_BACKEND", "eager")
     assert not amx.available()
