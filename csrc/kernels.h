@@ -298,4 +298,34 @@ void conv2d_winograd_weight_cpu(const float* w, int64_t K, int64_t C, int64_t k_
                                 const ParallelFor& parallel_for);
 void conv2d_winograd_fwd_cpu(const Conv2dWinograd& p, const ParallelFor& parallel_for);
 
+// out[n, y, x] = sum over sources, taps (i, j) of W[i, j] source[n, s y + i - p, s x + j - p]
+//                + bias + add, in bfloat16 by AMX, where conv2d_amx_available.
+struct Conv2dSource {
+  const void* data;  // (N, H, W, C) bfloat16
+  int64_t C;
+  bool taps;  // 3 x 3 of a picture of Hi x Wi pixels; else 1 x 1 of one of H x W
+};
+struct Conv2dAmx {
+  int64_t N, H, W, Co;      // of the result; all > 0
+  int64_t Hi, Wi;           // of the pictures in memory
+  int64_t stride, padding;  // of 3 x 3: 1 and 1, 2 and 1, or 2 and 0
+  bool upsample;            // each pixel is read as 2 x 2; stride 1
+  Conv2dSource sources[4];
+  int count;
+  const void* weight;  // (Co / 16, steps, 16, 16, 2), kernels/conv2d_amx.py
+  const float* bias;   // (Co,), like add and out; null, like add: none
+  const void* add;     // (N, H, W, Co) bfloat16
+  void* out;           // (N, H, W, Co) bfloat16
+};
+// Tiles of weights for 16 channels of the result.
+inline int64_t conv2d_amx_steps(const Conv2dAmx& p) {
+  int64_t steps = 0;
+  for (int i = 0; i < p.count; ++i) {
+    steps += (p.sources[i].C + 31) / 32 * (p.sources[i].taps ? 9 : 1);
+  }
+  return steps;
+}
+bool conv2d_amx_available();
+void conv2d_amx_fwd_cpu(const Conv2dAmx& p, const ParallelFor& parallel_for);
+
 }  // namespace engine

@@ -5,8 +5,11 @@ once, not at every call.
 convolutions and the projections. Those hold their weights in `dtype`, in the blocks that oneDNN's
 kernels read (at batch 1 a call that had to reorder them took 150-210 µs where it now takes 100),
 and take a residual as the kernel's last operation (convolutions in bfloat16 alone), where eager
-reads and writes the image again. Norms go to their kernel without the checks of the front door.
-The model itself stays as it is: it may be trained, copied or sampled by another thread meanwhile.
+reads and writes the image again. In bfloat16, on a chip with AMX and for few pictures, a kernel of
+our own takes oneDNN's place (amx.py), whose call takes longer than the products of a small image;
+a pair is then not concatenated, nor an image enlarged before its convolution. Norms go to their
+kernel without the checks of the front door. The model itself stays as it is: it may be trained,
+copied or sampled by another thread meanwhile.
 CPU and inference only. A twin is of the model as it was: its convolutions and projections keep the
 weights of the moment when it was made or first ran, while norms and embeddings are the model's own.
 """
@@ -18,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, winograd
+from . import amx, dispatch, winograd
 from .blocks import (
     AttentionBlock,
     Conv2d,
@@ -84,15 +87,8 @@ def _casts_by_itself(twin: nn.Module) -> bool:
     """Whether nothing in it needs autocast: layers of others do, and hooks may."""
     ours = (UNet, TimeEmbedding, Level, ResBlock, AttentionBlock, Downsample, Upsample)
     ours += (GroupNormSiLU, nn.Embedding, nn.ModuleList, nn.Identity, nn.Dropout)
-    ours += (
-        _PackedConv2d,
-        _PackedLinear,
-        _WinogradConv2d,
-        _WinogradUpsample,
-        Product,
-        Slice,
-        _Norm,
-    )
+    ours += (_PackedConv2d, _PackedLinear, Product, Slice, _Norm)
+    ours += (_AmxConv2d, _AmxLinear, _AmxUpsample, _WinogradConv2d, _WinogradUpsample)
     return all(
         type(m) in ours and not _changed(m) and "forward" not in m.__dict__ for m in twin.modules()
     )
@@ -121,20 +117,24 @@ def _missing(model: Callable) -> str:
     return cannot_pack(_computes_in(model))
 
 
+def _is(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether it is of exactly this kind, and its call is what the kind's is."""
+    return type(module) is kind and not _changed(module) and "forward" not in module.__dict__
+
+
 def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A shallow copy of the tree: the same tensors under new modules."""
-    plain = not _changed(module) and "forward" not in module.__dict__
-    if plain and type(module) is Conv2d and module.padding_mode == "zeros":
-        kind = _WinogradConv2d if _by_winograd(module, dtype) else _PackedConv2d
-        return kind(module, dtype)
-    if plain and type(module) is Linear:
-        return _PackedLinear(module, dtype)
-    if plain and type(module) is GroupNormSiLU:
+    by_amx = dtype == torch.bfloat16 and amx.available()
+    if _is(module, Conv2d) and module.padding_mode == "zeros":
+        return _convolution(module, dtype)[0](module, dtype)
+    if _is(module, Linear):
+        return (_AmxLinear if by_amx else _PackedLinear)(module, dtype)
+    if _is(module, GroupNormSiLU):
         return _Norm(module)
-    if plain and type(module) is Upsample and type(module.conv) is Conv2d:
-        conv = module.conv
-        if not _changed(conv) and "forward" not in conv.__dict__ and _by_winograd(conv, dtype):
-            return _WinogradUpsample(conv, dtype)
+    if _is(module, Upsample) and _is(module.conv, Conv2d):
+        _, kind = _convolution(module.conv, dtype)
+        if kind is not None:
+            return kind(module.conv, dtype)
     if isinstance(module, (_Packed, Slice, _Norm)):
         return module
     twin = module.__class__.__new__(module.__class__)
@@ -147,8 +147,13 @@ def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return twin
 
 
-def _by_winograd(layer: Conv2d, dtype: torch.dtype) -> bool:
-    return dtype == torch.float32 == layer.weight.dtype and winograd.serves(layer)
+def _convolution(layer: Conv2d, dtype: torch.dtype) -> tuple[type, type | None]:
+    """What takes its place, and what takes the place of nearest ×2 and it."""
+    if dtype == torch.float32 == layer.weight.dtype and winograd.serves(layer):
+        return _WinogradConv2d, _WinogradUpsample
+    if dtype == torch.bfloat16 and amx.available() and amx.serves(layer):
+        return _AmxConv2d, _AmxUpsample
+    return _PackedConv2d, None
 
 
 class _Packed(nn.Module):
@@ -228,6 +233,45 @@ class _PackedLinear(_Packed):
     def pack(self, rows: int) -> tuple[Tensor, Tensor | None]:
         weight = self.layer[0].weight.detach().to(self.dtype).contiguous()
         return torch.ops.mkldnn._reorder_linear_weight(weight, rows), self.bias()
+
+
+class _AmxConv2d(_PackedConv2d):
+    """By our own kernel where few pictures come; else by oneDNN, of which a call costs 40 µs before
+    it computes."""
+
+    tiles = None
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor], add: Tensor | None = None) -> Tensor:
+        x, x2 = x if isinstance(x, tuple) else (x, None)
+        if not amx.takes(self.layer[0], x, x2, add):
+            return super().forward(x if x2 is None else (x, x2), add)
+        if self.tiles is None:
+            self.tiles = amx.Tiles(self.layer[0])
+        return self.tiles(x, x2, add)
+
+
+class _AmxLinear(_PackedLinear):
+    """The same for a projection."""
+
+    tiles = None
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        if not amx.projects(x, add):
+            return super().forward(x, add)
+        if self.tiles is None:
+            self.tiles = amx.Tiles(self.layer[0])
+        return self.tiles.project(x, add)
+
+
+class _AmxUpsample(_AmxConv2d):
+    """Nearest ×2 and a 3×3 convolution, which reads the small image as if it were the large one."""
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        if not amx.takes(self.layer[0], x):
+            return super().forward(upsample_nearest(x))
+        if self.tiles is None:
+            self.tiles = amx.Tiles(self.layer[0])
+        return self.tiles(x, upsample=True)
 
 
 class _WinogradConv2d(_PackedConv2d):

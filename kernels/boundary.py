@@ -244,6 +244,21 @@ def _conv2d_winograd_weight(weight, transposed):
     return weight.new_empty((k // 16, 16, c, 16))
 
 
+# Native on the CPU alone, like linear_amx_fwd: their schemas stand in csrc/ops_conv2d.cpp.
+def _conv2d_amx_fwd(
+    x, x2, x3, x4, weight, bias, add, out_channels, kernel, stride, padding, upsample
+):
+    def length(n):
+        return 2 * n if upsample else (n + 2 * padding - kernel) // stride + 1
+
+    shape = x.shape[0], length(x.shape[2]), length(x.shape[3]), out_channels
+    return x.new_empty(shape).permute(0, 3, 1, 2)
+
+
+def _linear_amx_fwd(x, weight, bias, add, out_features):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
 def _noise_fwd(out, seed, step, stream, offset):
     return None
 
@@ -269,6 +284,8 @@ FAKES = {
     "forward_noise_loss_bwd": _forward_noise_loss_bwd,
     "conv2d_winograd_fwd": _conv2d_winograd_fwd,
     "conv2d_winograd_weight": _conv2d_winograd_weight,
+    "conv2d_amx_fwd": _conv2d_amx_fwd,
+    "linear_amx_fwd": _linear_amx_fwd,
     "noise_fwd": _noise_fwd,
 }
 

@@ -43,8 +43,8 @@ void attention_fwd_cpu(const Attention& p, const AttentionView& out, float* lse,
   const int64_t size = size_of(p.dtype), blocks = (p.S + loops.queries - 1) / loops.queries;
   const int64_t head = room(p.Sk * p.D), items = p.N * p.H * blocks;
   parallel_for(items, grain_of(4 * p.Sk * (p.D + 8)), [&](int64_t begin, int64_t end) {
-    float* scratch = reinterpret_cast<float*>(
-        attention_scratch((2 * head + loops.scratch(p.D)) * sizeof(float)));
+    float* scratch =
+        reinterpret_cast<float*>(thread_scratch((2 * head + loops.scratch(p.D)) * sizeof(float)));
     float *K_copy = scratch, *V_copy = K_copy + head, *rest = V_copy + head;
     FloatRows K, V;
     for (int64_t item = begin; item < end; ++item) {

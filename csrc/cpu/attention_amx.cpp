@@ -222,7 +222,7 @@ void block(const Forward& f, int64_t n, int64_t h, int64_t row) {
 }
 
 static void forward(Forward& f, int64_t begin, int64_t end) {
-  f.place(attention_scratch(f.place(nullptr)));
+  f.place(thread_scratch(f.place(nullptr)));
   const Tiles tiles(f.inner);
   const int64_t blocks = (f.p.S + kQueries - 1) / kQueries;
   for (int64_t item = begin; item < end; ++item) {

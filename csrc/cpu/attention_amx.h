@@ -3,13 +3,7 @@
 #pragma once
 
 #include "../kernels.h"
-
-// Compilers, and the assemblers that come with them, that know AMX and AVX-512's bfloat16.
-#if defined(__x86_64__) && defined(__linux__)
-#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
-#define ENGINE_AMX 1
-#endif
-#endif
+#include "amx.h"
 
 namespace engine {
 

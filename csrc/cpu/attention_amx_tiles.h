@@ -1,11 +1,6 @@
-// What the two AMX files share: tile instructions, the shapes of packed operands, packing, and the
-// vector functions. Compiled for AVX-512 with bfloat16; included once per file, after ENGINE_AMX is
-// known to be defined.
-//
-// A tile is 16 rows of 64 bytes. One instruction adds A B to C: A 16 x 32 bfloat16, row-major;
-// B 32 x 16 with two rows in each row of the tile ("paired": a dword has rows 2 j and 2 j + 1 of a
-// column); C 16 x 16 float32. The assembler's names are written out because the compilers'
-// intrinsics want literals and, in GCC 12, do not say that they touch memory.
+// What attention's two AMX files share: the shapes of packed operands, packing, and the vector
+// functions; amx.h has the instructions. Compiled for AVX-512 with bfloat16; included once per
+// file, after ENGINE_AMX is known to be defined.
 #pragma once
 
 #include <immintrin.h>
@@ -13,8 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "amx.h"
 #include "attention.h"
-#include "isa.h"
 
 #ifdef __clang__
 #pragma clang attribute push(                                                               \
@@ -27,29 +22,6 @@
 
 namespace engine {
 namespace amx {
-
-constexpr int64_t kTile = 16, kTileBytes = 1024, kLine = 64;
-
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// ---- tiles --------------------------------------------------------------------------------------
-
-template <int T>
-ENGINE_INLINE void tile_zero() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(T));
-}
-template <int T>
-ENGINE_INLINE void tile_load(const void* from, int64_t stride) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
-}
-template <int T>
-ENGINE_INLINE void tile_store(void* to, int64_t stride) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
-}
-template <int C, int A, int B>
-ENGINE_INLINE void tile_multiply() {  // C += A B
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
-}
 
 // How the head dimension is cut where it is the inner one of a product: `steps` tiles of `bytes`
 // per row (`bytes` / 4 rows of a paired tile). One narrow step below 32, else whole tiles.
@@ -65,15 +37,10 @@ struct Inner {
 class Tiles {
  public:
   explicit Tiles(const Inner& inner) {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int t = 0; t < 8; ++t) config.bytes[t] = kLine, config.rows[t] = kTile;
+    TileConfig config;
     config.bytes[4] = static_cast<uint16_t>(inner.bytes);
     config.rows[5] = static_cast<uint8_t>(inner.pairs());
-    asm volatile("ldtilecfg %0" ::"m"(config));
+    config.load();
   }
   Tiles(const Tiles&) = delete;
   ~Tiles() { asm volatile("tilerelease"); }
@@ -140,12 +107,6 @@ struct Rows {
   int64_t stride, count, D;
 };
 
-ENGINE_INLINE __mmask32 words_mask(int64_t n) {  // the first n of 32
-  return n >= 32 ? 0xFFFFFFFFu : n <= 0 ? 0 : (1u << n) - 1;
-}
-ENGINE_INLINE __mmask16 lanes_mask(int64_t n) {
-  return static_cast<__mmask16>(n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1u << n) - 1);
-}
 // Elements [d, d + 32) of a row; 0 beyond the matrix.
 ENGINE_INLINE __m512i load_words(const Rows& m, int64_t row, int64_t d) {
   const __mmask32 mask = row < m.count ? words_mask(m.D - d) : 0;

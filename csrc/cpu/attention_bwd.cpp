@@ -44,7 +44,7 @@ void attention_bwd_cpu(const Attention& p, const AttentionGrads& grads,
   const int64_t cost = p.S * (p.Sk / parts + 1) * (p.D + 8) / 4;
   parallel_for(p.N * p.H * parts, grain_of(cost), [&](int64_t begin, int64_t end) {
     const int64_t floats = 2 * head + room(p.S) + sums + loops.scratch(p.D);
-    float* Q = reinterpret_cast<float*>(attention_scratch(floats * sizeof(float)));
+    float* Q = reinterpret_cast<float*>(thread_scratch(floats * sizeof(float)));
     float *dO = Q + head, *delta = dO + head, *kept = delta + room(p.S), *rest = kept + sums;
     int64_t held = -1;
     for (int64_t item = begin; item < end; ++item) {

@@ -268,7 +268,7 @@ static void store_queries(const Backward& f, char* head, int64_t b, int64_t firs
 static void backward(Backward& f, int64_t begin, int64_t end) {
   const Attention& p = f.p;
   const AttentionGrads& g = f.grads;
-  f.place(attention_scratch(f.place(nullptr)));
+  f.place(thread_scratch(f.place(nullptr)));
   const Tiles tiles(f.inner);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / p.H, h = item % p.H;
