@@ -285,7 +285,9 @@ void attention_bwd_amx(const py::array& dout, const py::array& q, const py::arra
 
 PYBIND11_MODULE(native_module, m) {
   m.def("group_norm_silu_fwd", &group_norm_silu_fwd);
-  m.def("group_norm_silu_bwd", &group_norm_silu_bwd);
+  m.def("group_norm_silu_bwd", &group_norm_silu_bwd, py::arg("dy"), py::arg("dy_channels_last"),
+        py::arg("x"), py::arg("channels_last"), py::arg("operands"), py::arg("mean"),
+        py::arg("rstd"), py::arg("silu"), py::arg("threads"), py::arg("dx_add") = py::none());
   m.def("rms_norm_silu_fwd", &rms_norm_silu_fwd);
   m.def("rms_norm_silu_bwd", &rms_norm_silu_bwd);
   m.def("attention_fwd", &attention_fwd);

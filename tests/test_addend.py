@@ -170,3 +170,19 @@ def test_a_unet_in_bfloat16(name, monkeypatch):
     plain, truth = gradient(BF16), gradient(torch.float64)
     assert not torch.equal(fused, plain)
     assert (fused - truth).norm() <= 1.1 * (plain - truth).norm()
+
+
+def test_a_hook_on_a_norm_sees_one_tensor():
+    model = alive(engine.UNet(**SMALL))
+    x, t, _ = inputs(model)
+    model(x, t).sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    seen = []
+    norm = model.mid_block_1.norm1
+    norm.register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    norm.register_full_backward_hook(lambda module, dx, dy: seen.append(dy[0].shape))
+    model(x, t).sum().backward()
+    assert len(seen) == 2 and seen[0] == seen[1]
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        assert (p.grad - grad).norm() <= 1e-4 * grad.norm() + 1e-6
