@@ -47,6 +47,9 @@ struct GroupNormSiluGrads {
   float* dscale;
   float* dshift;
   void* dx2 = nullptr;  // of x2
+  // The CPU's alone: added to dx (dx2) before it is rounded; dtype, shape and layout of x (x2).
+  const void* dx_add = nullptr;
+  const void* dx2_add = nullptr;
 };
 
 // mean, rstd: (N, G) float32. y: (N, C, S), dtype and layout of x.

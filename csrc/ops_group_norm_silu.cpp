@@ -138,6 +138,15 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_fwd_blocked(
 }
 #endif
 
+// t is to be added to a gradient of x.
+void check_like(const Tensor& t, const Tensor& x, const char* name) {
+  check_device(t, x, name);
+  check_same_shape(t, x, name);
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+  STD_TORCH_CHECK(is_channels_last(x, name) ? reads_channels_last(t) : t.is_contiguous(), name,
+                  " must have the layout of x");
+}
+
 constexpr int64_t kNone[] = {0};  // the size of an absent operand's gradient
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -238,6 +247,29 @@ Gradients group_norm_silu_bwd_blocked(const Tensor& dy, const Tensor& x, const O
 }
 #endif
 
+#ifndef ENGINE_EMULATE
+// The same with dx_add (and dx2_add, of a pair) added to dx (dx2) before it is rounded.
+Gradients group_norm_silu_bwd_add(const Tensor& dy, const Tensor& x, const OptionalTensor& x2,
+                                  const OptionalTensor& weight, const OptionalTensor& bias,
+                                  const OptionalTensor& add, const OptionalTensor& scale,
+                                  const OptionalTensor& shift, const Tensor& mean,
+                                  const Tensor& rstd, int64_t num_groups, bool silu,
+                                  const Tensor& dx_add, const OptionalTensor& dx2_add) {
+  STD_TORCH_CHECK(x2.has_value() == dx2_add.has_value(), "dx2_add must be given with x2");
+  check_like(dx_add, x, "dx_add");
+  if (x2) check_like(*dx2_add, *x2, "dx2_add");
+  const auto kernels = [&](const Cpu& device, const auto& p, bool dy_channels_last,
+                           float* workspace, auto grads) {
+    grads.dx_add = dx_add.data_ptr();
+    grads.dx2_add = x2 ? dx2_add->data_ptr() : nullptr;
+    engine::group_norm_silu_bwd_cpu(p, dy.data_ptr(), dy_channels_last, floats(mean), floats(rstd),
+                                    workspace, grads, device.parallel_for());
+  };
+  return group_norm_silu_gradients<Cpu>(dy, x, x2, weight, bias, add, scale, shift, mean, rstd,
+                                        num_groups, silu, kernels);
+}
+#endif
+
 template <class Device>
 void register_kernels(Library& m) {
   m.impl("group_norm_silu_fwd", TORCH_BOX(&group_norm_silu_fwd<Device>));
@@ -266,6 +298,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ENGINE_NS, m) {
       "add, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, int num_groups, bool silu) -> "
       "(Tensor dx, Tensor dx2, Tensor dweight, Tensor dbias, Tensor dadd, Tensor dscale, Tensor "
       "dshift)");
+  // For CPU tensors alone.
+  m.def(
+      "group_norm_silu_bwd_add(Tensor dy, Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, "
+      "Tensor? add, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, int num_groups, bool "
+      "silu, Tensor dx_add, Tensor? dx2_add) -> (Tensor dx, Tensor dx2, Tensor dweight, Tensor "
+      "dbias, Tensor dadd, Tensor dscale, Tensor dshift)");
   // UNPROVEN, for CUDA tensors alone: csrc/cuda/group_norm_silu_bwd_blocked.cu.
   m.def(
       "group_norm_silu_bwd_blocked(Tensor dy, Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, "
@@ -279,6 +317,8 @@ STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CPU, m) {
 #ifdef ENGINE_EMULATE
   m.impl("group_norm_silu_fwd_blocked", TORCH_BOX(&group_norm_silu_fwd_blocked));
   m.impl("group_norm_silu_bwd_blocked", TORCH_BOX(&group_norm_silu_bwd_blocked));
+#else
+  m.impl("group_norm_silu_bwd_add", TORCH_BOX(&group_norm_silu_bwd_add));
 #endif
 }
 #ifdef ENGINE_CUDA

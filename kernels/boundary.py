@@ -22,6 +22,12 @@ SCHEMAS = {
         "(Tensor dx, Tensor dx2, Tensor dweight, Tensor dbias, Tensor dadd, Tensor dscale, "
         "Tensor dshift)"
     ),
+    "group_norm_silu_bwd_add": (  # native on the CPU alone
+        "(Tensor dy, Tensor x, Tensor? x2, Tensor? weight, Tensor? bias, Tensor? add, "
+        "Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, int num_groups, bool silu, "
+        "Tensor dx_add, Tensor? dx2_add) -> (Tensor dx, Tensor dx2, Tensor dweight, "
+        "Tensor dbias, Tensor dadd, Tensor dscale, Tensor dshift)"
+    ),
     "rms_norm_silu_fwd": (
         "(Tensor x, Tensor? weight, Tensor? scale, Tensor? shift, float eps, bool silu) -> "
         "(Tensor y, Tensor rstd)"
@@ -171,6 +177,10 @@ def _group_norm_silu_bwd_strict(*args):
     return _group_norm_silu_bwd(*args[:-1])
 
 
+def _group_norm_silu_bwd_add(*args):
+    return _group_norm_silu_bwd(*args[:-2])
+
+
 def _rms_norm_silu_fwd(x, weight, scale, shift, eps, silu):
     rstd = x.new_empty((x.shape[0], math.prod(x.shape[2:])), dtype=torch.float32)
     return torch.empty_like(x), rstd
@@ -269,6 +279,7 @@ FAKES = {
     "group_norm_silu_fwd_blocked": _group_norm_silu_fwd_strict,
     "group_norm_silu_bwd": _group_norm_silu_bwd,
     "group_norm_silu_bwd_blocked": _group_norm_silu_bwd_strict,
+    "group_norm_silu_bwd_add": _group_norm_silu_bwd_add,
     "rms_norm_silu_fwd": _rms_norm_silu_fwd,
     "rms_norm_silu_bwd": _rms_norm_silu_bwd,
     "attention_fwd": _attention_fwd,

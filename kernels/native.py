@@ -12,6 +12,7 @@ from .boundary import NATIVE, eps_refusals, mixed, register_fakes
 OPS = (
     "group_norm_silu_fwd",
     "group_norm_silu_bwd",
+    "group_norm_silu_bwd_add",
     "rms_norm_silu_fwd",
     "rms_norm_silu_bwd",
     "attention_fwd",
@@ -33,6 +34,7 @@ OPS = (
 )
 # CUDA tensors have no kernel of them.
 CPU_OPS = (
+    "group_norm_silu_bwd_add",
     "rms_norm_silu_fwd",
     "rms_norm_silu_bwd",
     "attention_fwd",
@@ -191,6 +193,12 @@ def group_norm_silu_bwd(
     if BLOCKED and x.is_cuda and _proven(x.device)[1]:
         return torch.ops.engine.group_norm_silu_bwd_blocked.default(*args, False)
     return torch.ops.engine.group_norm_silu_bwd.default(*args)
+
+
+def group_norm_silu_bwd_add(*args) -> tuple[Tensor, ...]:
+    """As group_norm_silu_bwd, on the CPU; dx_add and, of a pair, dx2_add, in the layouts of x and
+    x2, come last: what is added to dx and dx2 before they are rounded."""
+    return torch.ops.engine.group_norm_silu_bwd_add.default(*args)
 
 
 def rms_norm_silu_fwd(

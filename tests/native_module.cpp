@@ -84,15 +84,17 @@ py::tuple group_norm_silu_fwd(const py::array& x, bool channels_last, py::dict o
 
 py::dict group_norm_silu_bwd(const py::array& dy, bool dy_channels_last, const py::array& x,
                              bool channels_last, py::dict operands, py::array_t<float> mean,
-                             py::array_t<float> rstd, bool silu, int threads) {
+                             py::array_t<float> rstd, bool silu, int threads,
+                             const std::optional<py::array>& dx_add) {
   const auto p = params(x, channels_last, operands, mean.shape(1), 0.0f, silu);
   py::array dx = like(x);
   py::array_t<float> dweight(p.C), dbias(p.C);
   py::array_t<float> dadd({p.N, p.C}), dscale({p.N, p.C}), dshift({p.N, p.C});
   std::vector<float> workspace(3 * p.N * p.C);
-  const engine::GroupNormSiluGrads grads{dx.mutable_data(),     dweight.mutable_data(),
-                                         dbias.mutable_data(),  dadd.mutable_data(),
-                                         dscale.mutable_data(), dshift.mutable_data()};
+  engine::GroupNormSiluGrads grads{dx.mutable_data(),     dweight.mutable_data(),
+                                   dbias.mutable_data(),  dadd.mutable_data(),
+                                   dscale.mutable_data(), dshift.mutable_data()};
+  grads.dx_add = dx_add ? dx_add->data() : nullptr;
   engine::group_norm_silu_bwd_cpu(p, dy.data(), dy_channels_last, mean.data(), rstd.data(),
                                   workspace.data(), grads, threads_of(threads));
   py::dict result;
@@ -308,7 +310,9 @@ py::array conv2d_winograd_fwd(py::array_t<float> x, std::optional<py::array_t<fl
 
 PYBIND11_MODULE(native_module, m) {
   m.def("group_norm_silu_fwd", &group_norm_silu_fwd);
-  m.def("group_norm_silu_bwd", &group_norm_silu_bwd);
+  m.def("group_norm_silu_bwd", &group_norm_silu_bwd, py::arg("dy"), py::arg("dy_channels_last"),
+        py::arg("x"), py::arg("channels_last"), py::arg("operands"), py::arg("mean"),
+        py::arg("rstd"), py::arg("silu"), py::arg("threads"), py::arg("dx_add") = py::none());
   m.def("rms_norm_silu_fwd", &rms_norm_silu_fwd);
   m.def("rms_norm_silu_bwd", &rms_norm_silu_bwd);
   m.def("attention_fwd", &attention_fwd);

@@ -246,6 +246,10 @@ def opcheck_arguments(op: str):
             (x, x[:, :3].contiguous(), x[:, 3:].contiguous(), *operands, *stats, 2, True),
             (torch.cat((x, x), 1), last, last, *[None] * 5, *stats, 2, False),
         ],
+        "group_norm_silu_bwd_add": [
+            (x, x, None, *operands, *stats, 2, True, x, None),
+            (torch.cat((x, x), 1), last, last, *[None] * 5, *stats, 2, False, last, last),
+        ],
         "rms_norm_silu_fwd": [
             (x, operands[0], *operands[3:], 1e-12, True),
             (last, None, None, None, 1e-12, False),
@@ -287,7 +291,7 @@ def opcheck_arguments(op: str):
 @pytest.mark.parametrize("op", boundary.SCHEMAS)
 @pytest.mark.parametrize("impl_name", ["native", "triton"])
 def test_opcheck(op, impl_name, backend):
-    if impl_name == "triton" and op == "forward_noise_loss_grad_fwd":
+    if impl_name == "triton" and op in ("forward_noise_loss_grad_fwd", "group_norm_silu_bwd_add"):
         pytest.skip("native alone has this op")
     function, leaves = call(next(name for name, _ in PRESENT if op.startswith(name)), impl_name)
     function(*leaves)  # loads and registers
@@ -295,7 +299,7 @@ def test_opcheck(op, impl_name, backend):
     overload = getattr(getattr(torch.ops, namespace), op).default
     for arguments in opcheck_arguments(op):
         if op.startswith("group_norm_silu"):
-            x, x2 = arguments[op.endswith("bwd") :][:2]
+            x, x2 = arguments["bwd" in op :][:2]
             if impl_name == "native" and x2 is not None and native.pair_refusals(x, x2):
                 continue
         torch.library.opcheck(overload, arguments)

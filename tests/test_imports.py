@@ -16,7 +16,7 @@ LAYERS = (
     "device dispatch presets schedules layouts diffusers_config importance output decoded verdict"
     " torchrun optimizer",
     "distributed",
-    "ops cli inception execution run_lock checkpoint_file dealing metrics winograd",
+    "ops addend cli inception execution run_lock checkpoint_file dealing metrics winograd",
     "likelihood blocks fashion_mnist pictures patterns memory_format decoding picture_folder",
     "diffusion unet hugging_face rewrite fused_scheduler program amx images",
     "embedded",

@@ -72,6 +72,7 @@ def cases(draw):
         "dy_channels_last": draw(st.booleans()),
         "present": draw(st.sets(st.sampled_from(["weight", "bias", "add", "scale", "shift"]))),
         "silu": draw(st.booleans()),
+        "adds": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**32 - 1)),
     }
 
@@ -89,6 +90,7 @@ def check_group_norm_silu(kernels, case):
     n, c, s, dtype = case["n"], case["c"], case["s"], case["dtype"]
     x = encode(rng.normal(size=(n, c, s)) + 0.5, dtype)
     dy = encode(rng.normal(size=(n, c, s)), dtype)
+    more = encode(rng.normal(size=(n, c, s)), dtype)
     operands = {}
     for name in sorted(case["present"]):
         if name in ("weight", "bias"):
@@ -105,8 +107,10 @@ def check_group_norm_silu(kernels, case):
 
     got = kernels.group_norm_silu_bwd(
         in_layout(dy, case["dy_channels_last"]), case["dy_channels_last"], laid, last, operands,
-        mean, rstd, silu, 2,
+        mean, rstd, silu, 2, in_layout(more, last) if case["adds"] else None,
     )  # fmt: skip
+    if case["adds"]:
+        gradients["x"] = gradients["x"][0] + decode(more), gradients["x"][1]
     for name, (value, terms) in gradients.items():
         if name != "x" and name not in operands:
             continue

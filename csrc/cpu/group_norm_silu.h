@@ -51,11 +51,11 @@ struct GroupNormGradLoops {
   void (*slab_sums)(const void* x, const void* dy, int64_t i0, int64_t i1, int64_t S,
                     const float* t, const float* a, const float* b, bool silu, bool with_x,
                     double* out, int64_t out_row, float* dv, int64_t dv_row);
-  // dx <- dv * a - (d * r + q)
+  // dx <- dv * a - (d * r + q) + add; add: like dx, null for none
   void (*slab_apply)(const void* x, const void* dy, void* dx, int64_t i0, int64_t i1, int64_t S,
                      const float* t, const float* a, const float* b, const float* q, const float* r,
-                     bool silu, const float* dv, int64_t dv_row, const void* x_ahead,
-                     const void* dy_ahead);
+                     bool silu, const float* dv, int64_t dv_row, const void* add,
+                     const void* x_ahead, const void* dy_ahead);
 
   // out[k * y_row + c] += sums of (dv, dv * d, d)
   void (*columns_sums)(const void* x, const void* dy, int64_t rows, int64_t C, int64_t y_row,
@@ -63,7 +63,8 @@ struct GroupNormGradLoops {
                        double* out, float* dv, int64_t dv_row);
   void (*columns_apply)(const void* x, const void* dy, void* dx, int64_t rows, int64_t C,
                         int64_t y_row, const float* t, const float* a, const float* b,
-                        const float* q, const float* r, bool silu, const float* dv, int64_t dv_row);
+                        const float* q, const float* r, bool silu, const float* dv, int64_t dv_row,
+                        const void* add);
 };
 
 }  // namespace engine

@@ -1,12 +1,13 @@
 // GroupNorm, modulation and SiLU on the CPU, backward (forward: group_norm_silu.cpp).
 //
 // dv = dy * act'(v); A, B, X = sums over S of dv, dv * xhat, xhat per (n, c);
-// dx = rstd * (g * dv - (S1 + xhat * S2) / M), g = weight * (1 + scale), S1 and S2 the sums over
-// the group of g * A and g * B, M = C/G * S. All other gradients follow from A, B, X.
-// dv costs a sigmoid, so the first pass keeps it for the second: float32 in dx, 16-bit types in a
+// dx = rstd * (g * dv - (S1 + xhat * S2) / M) + dx_add, g = weight * (1 + scale), S1 and S2 the
+// sums over the group of g * A and g * B, M = C/G * S. All other gradients follow from A, B, X. dv
+// costs a sigmoid, so the first pass keeps it for the second: float32 in dx, 16-bit types in a
 // buffer of one unit per thread (4 bytes per element, in L2) unless the unit is too large for that.
 // Parallel: as the forward. Fixed order of sums, one writer per value.
-// Bound: 3 elements of x's dtype per element from memory; in 16-bit types arithmetic.
+// Bound: 3 elements of x's dtype per element from memory, 4 with dx_add; in 16-bit
+// types arithmetic.
 #include <algorithm>
 #include <vector>
 
@@ -209,6 +210,7 @@ class Backward {
     }
     const Halves xs = cut_.halves(p_.x, p_.x2, unit),
                  dxs = cut_.halves(grads_.dx, grads_.dx2, unit);
+    const Halves adds = grads_.dx_add ? cut_.halves(grads_.dx_add, grads_.dx2_add, unit) : Halves{};
     const char* dy = cut_.unit_of(dy_, unit);
     // The processor's own prefetching does better than ours in float32 (by 14 %) and channels last
     // (by up to 20 %); not so in 16-bit slabs.
@@ -220,16 +222,17 @@ class Backward {
       const Half &x = xs.both[h], &dx = dxs.both[h];
       const Kept dv = kept(x, dx, begin, buffer);
       const int64_t c = x.c0, skip = begin * x.width() * size;
+      const char* add = adds.both[h].data;
       loops_.columns_apply(x.data + skip, dy + cut_.row_bytes(begin) + c * size, dx.data + skip,
                            end - begin, x.width(), p_.C, s.t + c, s.a + c, s.b + c, s.q + c,
-                           s.r + c, p_.silu, dv.dv, dv.row);
+                           s.r + c, p_.silu, dv.dv, dv.row, add ? add + skip : nullptr);
     }
     if (p_.channels_last) return;
     cut_.on_halves(xs, begin, end, [&](const Half& x, int64_t i0, int64_t i1) {
       const Half& dx = dxs.both[&x - xs.both];
       const Kept dv = kept(x, dx, 0, buffer);
       loops_.slab_apply(x.data, dy, dx.data, i0, i1, p_.S, s.t, s.a, s.b, s.q, s.r, p_.silu, dv.dv,
-                        dv.row, x_ahead, dy_ahead);
+                        dv.row, adds.both[&x - xs.both].data, x_ahead, dy_ahead);
     });
   }
 

@@ -106,7 +106,7 @@ ENGINE_INLINE Pair second_dv(Pair d, Pair gain, Pair bias, const T* dy, const fl
 template <class T, Dv kDv>
 void slab_grad_vectors(const T* x, const T* dy, T* dx, int64_t row, int64_t end, const float* t,
                        const float* a, const float* b, const float* q, const float* r,
-                       const float* dv_rows, int64_t dv_row) {
+                       const float* dv_rows, int64_t dv_row, const T* add) {
   for (; row < end; ++row) {
     const F d = load(x + row * W) + set1(t[row]), gain = set1(a[row]);
     F dv;
@@ -114,17 +114,19 @@ void slab_grad_vectors(const T* x, const T* dy, T* dx, int64_t row, int64_t end,
     if constexpr (kDv == Dv::kIdentity) dv = load(dy + row * W);
     if constexpr (kDv == Dv::kSilu)
       dv = silu_gradient<T>(fma(d, gain, set1(b[row])), load(dy + row * W));
-    store(dx + row * W, fma(gain, dv, fma(d, set1(-r[row]), set1(-q[row]))));
+    F grad = fma(gain, dv, fma(d, set1(-r[row]), set1(-q[row])));
+    if (add) grad = grad + load(add + row * W);
+    store(dx + row * W, grad);
   }
 }
 
 template <class T, Dv kDv>
 void slab_grad(const T* x, const T* dy, T* dx, int64_t i0, int64_t i1, int64_t S, const float* t,
                const float* a, const float* b, const float* q, const float* r, const float* dv_rows,
-               int64_t dv_row, const T* x_ahead, const T* dy_ahead) {
+               int64_t dv_row, const T* add, const T* x_ahead, const T* dy_ahead) {
   if (S == W) {
     const int64_t row = i0 / W, end = i1 / W;
-    return slab_grad_vectors<T, kDv>(x, dy, dx, row, end, t, a, b, q, r, dv_rows, dv_row);
+    return slab_grad_vectors<T, kDv>(x, dy, dx, row, end, t, a, b, q, r, dv_rows, dv_row, add);
   }
   for (int64_t row = i0 / S; i0 < i1; ++row) {
     const Pair shift = set2(t[row]), gain = set2(a[row]), bias = set2(b[row]);
@@ -140,7 +142,9 @@ void slab_grad(const T* x, const T* dy, T* dx, int64_t i0, int64_t i1, int64_t S
       if constexpr (!std::is_same_v<T, float>) prefetch_store2(dx + i0 + 16 * W2);
       const Pair d = load2_tail(x + i0, n) + shift;
       const Pair dv = second_dv<T, kDv>(d, gain, bias, dy + i0, dvs ? dvs + i0 : nullptr, n);
-      store2_tail(dx + i0, fma(gain, dv, fma(d, minus_r, minus_q)), n);
+      Pair grad = fma(gain, dv, fma(d, minus_r, minus_q));
+      if (add) grad = grad + load2_tail(add + i0, n);
+      store2_tail(dx + i0, grad, n);
     }
     i0 = end;
   }
@@ -148,13 +152,14 @@ void slab_grad(const T* x, const T* dy, T* dx, int64_t i0, int64_t i1, int64_t S
 template <class T>
 void slab_grad(const void* x, const void* dy, void* dx, int64_t i0, int64_t i1, int64_t S,
                const float* t, const float* a, const float* b, const float* q, const float* r,
-               bool silu, const float* dv, int64_t dv_row, const void* x_ahead,
+               bool silu, const float* dv, int64_t dv_row, const void* add, const void* x_ahead,
                const void* dy_ahead) {
   const auto run = !silu ? slab_grad<T, Dv::kIdentity>
                    : dv  ? slab_grad<T, Dv::kStored>
                          : slab_grad<T, Dv::kSilu>;
   run(static_cast<const T*>(x), static_cast<const T*>(dy), static_cast<T*>(dx), i0, i1, S, t, a, b,
-      q, r, dv, dv_row, static_cast<const T*>(x_ahead), static_cast<const T*>(dy_ahead));
+      q, r, dv, dv_row, static_cast<const T*>(add), static_cast<const T*>(x_ahead),
+      static_cast<const T*>(dy_ahead));
 }
 
 // ---- Channels last ------------------------------------------------------------------------------
@@ -218,7 +223,7 @@ template <class T, Dv kDv, int K>
 ENGINE_INLINE void columns_grad_block(const T* x, const T* dy, T* dx, int64_t rows, int64_t C,
                                       int64_t y_row, int64_t n, const float* t, const float* a,
                                       const float* b, const float* q, const float* r,
-                                      const float* dvs, int64_t dv_row) {
+                                      const float* dvs, int64_t dv_row, const T* add) {
   Pair shift[K], gain[K], bias[K], minus_q[K], minus_r[K];
   parameters<T, K>(shift, t, n);
   parameters<T, K>(gain, a, n);
@@ -235,29 +240,32 @@ ENGINE_INLINE void columns_grad_block(const T* x, const T* dy, T* dx, int64_t ro
       const Pair d = load2_tail(x + i, n) + shift[k];
       const float* kept = dvs ? dvs + s * dv_row + k * W2 : nullptr;
       const Pair dv = second_dv<T, kDv>(d, gain[k], bias[k], dy + s * y_row + k * W2, kept, n);
-      store2_tail(dx + i, fma(gain[k], dv, fma(d, minus_r[k], minus_q[k])), n);
+      Pair grad = fma(gain[k], dv, fma(d, minus_r[k], minus_q[k]));
+      if (add) grad = grad + load2_tail(add + i, n);
+      store2_tail(dx + i, grad, n);
     }
   }
 }
 template <class T, Dv kDv>
 void columns_grad(const T* x, const T* dy, T* dx, int64_t rows, int64_t C, int64_t y_row,
                   const float* t, const float* a, const float* b, const float* q, const float* r,
-                  const float* dv, int64_t dv_row) {
+                  const float* dv, int64_t dv_row, const T* add) {
 #define ENGINE_CALL(K, c, n)                                                                   \
   columns_grad_block<T, kDv, K>(x + c, dy + c, dx + c, rows, C, y_row, n, t + c, a + c, b + c, \
-                                q + c, r + c, dv ? dv + c : nullptr, dv_row)
+                                q + c, r + c, dv ? dv + c : nullptr, dv_row,                   \
+                                add ? add + c : nullptr)
   ENGINE_COLUMNS(C, kGradBlock, ENGINE_CALL)
 #undef ENGINE_CALL
 }
 template <class T>
 void columns_grad(const void* x, const void* dy, void* dx, int64_t rows, int64_t C, int64_t y_row,
                   const float* t, const float* a, const float* b, const float* q, const float* r,
-                  bool silu, const float* dv, int64_t dv_row) {
+                  bool silu, const float* dv, int64_t dv_row, const void* add) {
   const auto run = !silu ? columns_grad<T, Dv::kIdentity>
                    : dv  ? columns_grad<T, Dv::kStored>
                          : columns_grad<T, Dv::kSilu>;
   run(static_cast<const T*>(x), static_cast<const T*>(dy), static_cast<T*>(dx), rows, C, y_row, t,
-      a, b, q, r, dv, dv_row);
+      a, b, q, r, dv, dv_row, static_cast<const T*>(add));
 }
 
 template <class T>

@@ -30,13 +30,17 @@ def group_norm_silu(
     shift: Tensor | None = None,
     activation: str = "silu",
     impl: str = "auto",
-) -> Tensor:
+    return_input: bool = False,
+) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
     """y = act(GN(x + add) · (1 + scale) + shift), GN(u) = (u − mean)/√(var + eps) · weight + bias.
 
     A pair (a, b) means torch.cat((a, b), 1), read in place; a group may lie in both halves.
     Mean and biased variance per sample over C / num_groups channels and S, centred and in float32;
     act is SiLU (v·σ(v)) for "silu", the identity for "none". Returns y (N, C, *S) in x.dtype and
     x's layout (a's); float32 inside. Differentiable in every tensor, the same bits on every run.
+    With return_input it returns (y, x), this x (or pair) for whoever else reads it. Gradients that
+    come back by it are added, by native on the CPU, before the norm's own is rounded and written,
+    instead of in a pass of autograd's.
     weight, bias, add, scale and shift may have another dtype than x. float64 is served by eager
     alone.
     Raises ValueError for shapes, dtypes or devices that do not fit, BackendError (RuntimeError)
@@ -44,7 +48,8 @@ def group_norm_silu(
     Sources: Wu & He 2018, eq. 1–3; Ho et al. 2020, app. B (add); Dhariwal & Nichol 2021, §3
     (AdaGN).
     """
-    x, x2 = _halves(x) if isinstance(x, (tuple, list)) else (x, None)
+    given = x
+    x, x2 = halves = _halves(x) if isinstance(x, (tuple, list)) else (x, None)
     _check_group_norm_silu(x, x2, weight, bias, num_groups, eps, add, scale, shift, activation)
     silu = activation == "silu"
     shape = x.shape
@@ -58,7 +63,8 @@ def group_norm_silu(
     args = (x, x2, weight, bias, add, scale, shift, num_groups, eps, silu)
     backend = dispatch.pick("group_norm_silu", impl, *args)
     if backend == "eager":
-        return dispatch.module("group_norm_silu", backend).group_norm_silu(*args).reshape(shape)
+        y = dispatch.module("group_norm_silu", backend).group_norm_silu(*args).reshape(shape)
+        return (y, given) if return_input else y
     if x2 is None:
         x = dense(x)
     else:
@@ -66,10 +72,28 @@ def group_norm_silu(
     operands = [rows(t) for t in (weight, bias, add, scale, shift)]
     args = (x, x2, *operands, num_groups, eps, silu)
     if dispatch.wants_gradient((x, x2, *operands)):
-        y = _GroupNormSilu.apply(backend, *distinct(x, x2, *operands), num_groups, eps, silu)
+        shares = return_input and _can_share(backend, halves, (x, x2))
+        args = shares, *distinct(x, x2, *operands), num_groups, eps, silu
+        y = _GroupNormSilu.apply(backend, *args)
+        if shares:
+            y, x, x2 = y
+            given = x if x2 is None else (x, x2)
     else:
         y = dispatch.function("group_norm_silu", "fwd", backend)(*args)[0]
-    return y.view(shape) if y.shape != shape else y
+    y = y.view(shape) if y.shape != shape else y
+    return (y, given) if return_input else y
+
+
+def _can_share(backend: str, given: tuple, read: tuple) -> bool:
+    """Whether the backward may add other readers' gradients: the back end has that kernel, for the
+    CPU, it reads what was given, and no graph is traced, where a compiler fuses additions itself.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if not hasattr(dispatch.module("group_norm_silu", backend), "group_norm_silu_bwd_add"):
+        return False
+    pairs = zip(given, read, strict=True)
+    return all(a is b and (a is None or (a.is_cpu and a.requires_grad)) for a, b in pairs)
 
 
 def _halves(x: tuple | list) -> tuple[Tensor, Tensor]:
@@ -91,31 +115,43 @@ def _with_positions(x: Tensor) -> Tensor:
 
 def _dense_pair(a: Tensor, b: Tensor) -> list[Tensor]:
     """A half that is neither contiguous nor channels_last is copied, in the layout of the other."""
-    known = a if is_dense(a) else b
-    form = torch.contiguous_format
-    if is_dense(known) and not known.is_contiguous():
-        form = torch.channels_last_3d if known.dim() == 5 else torch.channels_last
+    form = _format(a if is_dense(a) else b)
     return [t if is_dense(t) else t.contiguous(memory_format=form) for t in (a, b)]
+
+
+def _format(t: Tensor) -> torch.memory_format:
+    if t.is_contiguous() or not is_dense(t):
+        return torch.contiguous_format
+    return torch.channels_last_3d if t.dim() == 5 else torch.channels_last
 
 
 class _GroupNormSilu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, x, x2, weight, bias, add, scale, shift, num_groups, eps, silu):
+    def forward(
+        ctx, backend, shares, x, x2, weight, bias, add, scale, shift, num_groups, eps, silu
+    ):
         fwd = dispatch.function("group_norm_silu", "fwd", backend)
         y, mean, rstd = fwd(x, x2, weight, bias, add, scale, shift, num_groups, eps, silu)
         ctx.save_for_backward(x, x2, weight, bias, add, scale, shift, mean, rstd)
         ctx.backend, ctx.num_groups, ctx.silu = backend, num_groups, silu
-        return y
+        return (y, x, x2) if shares else y
 
     @staticmethod
-    def backward(ctx, dy):
-        bwd = dispatch.function("group_norm_silu", "bwd", ctx.backend)
+    def backward(ctx, dy, *others):  # those that came back by x and x2, where they are shared
+        stage = "bwd_add" if others else "bwd"
+        bwd = dispatch.function("group_norm_silu", stage, ctx.backend)
         saved = ctx.saved_tensors
         refuse_double_backward("group_norm_silu", ctx.backend, saved)
-        dx, dx2, *small = bwd(dense(dy), *saved, ctx.num_groups, ctx.silu)
+        others = [_laid_as(x, other) for x, other in zip(saved, others)]  # noqa: B905
+        dx, dx2, *small = bwd(dense(dy), *saved, ctx.num_groups, ctx.silu, *others)
         operands = saved[2:7]
         small = [None if t is None else d.to(t.dtype) for t, d in zip(operands, small, strict=True)]
-        return None, dx, None if saved[1] is None else dx2, *small, None, None, None
+        return None, None, dx, None if saved[1] is None else dx2, *small, None, None, None
+
+
+def _laid_as(x: Tensor | None, t: Tensor | None) -> Tensor | None:
+    """t in the layout of x."""
+    return t if x is None else t.contiguous(memory_format=_format(x))
 
 
 def arguments(
