@@ -5,8 +5,8 @@
 //
 // A source is a tensor (N, H, W, C) whose channels follow those of the one before: a pair needs no
 // concatenation. It has 3 x 3 taps, or the one of a 1 x 1 convolution of the result's size, as a
-// block's shortcut, which can be summed with its last convolution. s is 1 or 2; the pictures may be read as if
-// each pixel were 2 x 2 (nearest neighbour).
+// block's shortcut, which can be summed with its last convolution. s is 1 or 2; the pictures may be
+// read as if each pixel were 2 x 2 (nearest neighbour).
 //
 // Blocking: rows of A are 16 positions, B 16 channels of the result; up to six tiles of positions
 // are summed at a time, for each of which a tile of the weights is read once. The weights lie in
