@@ -1,13 +1,12 @@
 // Convolution and projection of bfloat16 by AMX, for few pictures: inference alone.
 //
-//   out[n, y, x, :] = sum over sources, taps (i, j) of W[i, j] source[n, s y + i - p, s x + j - p,
-//   :]
-//                     + bias + add
+//   out[n, y, x] = sum over sources, taps (i, j) of W[i, j] source[n, s y + i - p, s x + j - p]
+//                  + bias + add
 //
 // A source is a tensor (N, H, W, C) whose channels follow those of the one before: a pair needs no
-// concatenation. It has 3 x 3 taps, or the one of a 1 x 1 convolution of the result's size: a
-// block's shortcut is summed with its last convolution. s is 1 or 2; the pictures may be read as if
-// each pixel were 2 x 2 (nearest neighbour).
+// concatenation. It has 3 x 3 taps, or the one of a 1 x 1 convolution of the result's size, as a
+// block's shortcut, which can be summed with its last convolution. s is 1 or 2; the pictures may be
+// read as if each pixel were 2 x 2 (nearest neighbour).
 //
 // Blocking: rows of A are 16 positions, B 16 channels of the result; up to six tiles of positions
 // are summed at a time, for each of which a tile of the weights is read once. The weights lie in
@@ -25,9 +24,11 @@
 // first where the weights are the smaller. Each result has one writer and one order of summation,
 // so threads change no bit. One region of threads a call; scratch is a thread's own, and kept.
 //
-// Refused: nothing that kernels.h allows. Oneself refuses where AMX is not: conv2d_amx_available.
+// Refused: a CPU without AMX (conv2d_amx_available).
 //
 // Bound: of few positions the weights, 2 bytes for each of (taps C Co) from L3; else the products.
+// Rounding and storing take as long as four steps of 32 channels: from kDeep steps on they are done
+// between the products (144 against 165 us, 128 channels of 32 x 32), below that is slower.
 #include "../kernels.h"
 #include "amx.h"
 #include "scratch.h"
