@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .low_weights import weight_and_bias
 
 
 class Level(nn.Module):
@@ -44,21 +45,26 @@ class Conv2d(nn.Conv2d):
     """W x + b + add; x may be a pair, whose channels then follow each other: W [x₁; x₂] is
     W₁ x₁ + W₂ x₂, so that nobody concatenates them."""
 
+    low = None  # while it trains: low_weights.py
+
     def forward(self, x: Tensor | tuple[Tensor, Tensor], add: Tensor | None = None) -> Tensor:
+        weight, bias = weight_and_bias(self)
         if isinstance(x, tuple):
             x, skip = x
-            first, second = self.weight.split((x.shape[1], skip.shape[1]), dim=1)
-            y = self._conv_forward(x, first, None) + self._conv_forward(skip, second, self.bias)
+            first, second = weight.split((x.shape[1], skip.shape[1]), dim=1)
+            y = self._conv_forward(x, first, None) + self._conv_forward(skip, second, bias)
         else:
-            y = self._conv_forward(x, self.weight, self.bias)
+            y = self._conv_forward(x, weight, bias)
         return y if add is None else add + y
 
 
 class Linear(nn.Linear):
     """x Wᵀ + b + add."""
 
+    low = None
+
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(x, *weight_and_bias(self))
         return y if add is None else add + y
 
 

@@ -14,13 +14,13 @@ ROOT = Path(__file__).parent.parent
 # Inside engine, a module may import only from the layers before its own.
 LAYERS = (
     "device dispatch presets schedules layouts diffusers_config importance output decoded verdict"
-    " torchrun optimizer",
+    " torchrun optimizer low_weights",
     "distributed",
     "ops cli inception execution run_lock checkpoint_file dealing metrics",
     "likelihood blocks fashion_mnist pictures patterns memory_format decoding picture_folder",
     "diffusion unet hugging_face rewrite fused_scheduler embedded",
     "data prepacked coefficients guidance classifier curves backend diffusers_schedulers parallel",
-    "samplers foreign acceleration",
+    "samplers foreign acceleration update",
     "checkpoint",
     "evaluation",
     "cache plots guard signals",
