@@ -86,24 +86,23 @@ class LowWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self.on = False
+        self.pairs: list[tuple[Low, Tensor]] = []  # every bfloat16 tensor with its master
         self.layers = [layer for layer in model.modules() if hasattr(layer, "low")]
         for layer in self.layers:
             layer.low = LayerLow(self, layer)
 
     def __enter__(self) -> None:
-        for low, master in self.pairs():
+        """Casts what has changed."""
+        self.pairs = []
+        for layer in self.layers:
+            mine = layer.low
+            self.pairs.append((mine.weight, layer.weight))
+            if mine.bias is not None and layer.bias is not None:
+                self.pairs.append((mine.bias, layer.bias))
+        for low, master in self.pairs:
             if not low.stands_for(master):
                 low.refresh(master)
         self.on = True
 
     def __exit__(self, *_) -> None:
         self.on = False
-
-    def pairs(self) -> list[tuple[Low, Tensor]]:
-        """Every bfloat16 tensor with its master."""
-        found = []
-        for layer in self.layers:
-            found.append((layer.low.weight, layer.weight))
-            if layer.bias is not None:
-                found.append((layer.low.bias, layer.bias))
-        return found

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch
-from .low_weights import DTYPE, LowWeights
+from .low_weights import DTYPE, Low, LowWeights
 from .parallel import is_sharded, local
 
 
 class Update:
     """PyTorch's way: `norm`, which clips too, then `step`, unless the norm speaks against it.
 
-    averages  of the optimizer's parameters by name, in their order
+    averages  of the optimizer's parameters by name, in their order; or {}: there are none
     clip      the norm that the gradient is scaled down to where it is larger
     """
 
@@ -40,8 +40,9 @@ class Update:
         self.optimizer.step()
         with torch.no_grad():
             averages = [local(average) for average in self.averages.values()]
-            parameters = [local(p.detach()) for p in self.parameters]
-            torch._foreach_lerp_(averages, parameters, weight)
+            if averages:
+                parameters = [local(p.detach()) for p in self.parameters]
+                torch._foreach_lerp_(averages, parameters, weight)
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -70,73 +71,78 @@ class OnePass(Update):
     ) -> None:
         super().__init__(optimizer, averages, clip)
         self.lows = lows
-        self.empty = torch.empty(0, dtype=DTYPE)  # in the place of a bfloat16 tensor
-        self.pairs, self.grads, self.total = {}, [], torch.zeros(())
+        self.none = torch.empty(0, dtype=DTYPE)  # in the place of a bfloat16 tensor
+        self.pairs: list[Low | None] = []  # of each parameter, like grads
+        self.grads: list[Tensor | None] = []
+        self.total = torch.zeros(())
+        self.checked: list[Tensor] = []  # moments of which it is known that they lie like theirs
 
+    @torch.no_grad()
     def norm(self) -> Tensor:
-        # Anew at each step: by now a layer may have another parameter.
-        self.pairs = {} if self.lows is None else {p: low for low, p in self.lows.pairs()}
-        self.grads = [self.gradient(p) for p in self.parameters]
+        pairs = {} if self.lows is None else {id(p): low for low, p in self.lows.pairs}
+        self.pairs = [pairs.get(id(p)) for p in self.parameters]
+        self.grads = [p.grad for p in self.parameters]
+        for i, low in enumerate(self.pairs):
+            mine = None if low is None else low.tensor.grad
+            if mine is not None and self.grads[i] is None:
+                self.grads[i] = mine
+            elif mine is not None:  # a forward pass took the master: both have a part
+                self.grads[i] += mine
+                low.tensor.grad = None
         there = [g for g in self.grads if g is not None]
         self.total = call("norm")(there) if there else torch.zeros(())
         return self.total
 
     @torch.no_grad()
-    def gradient(self, p: Tensor) -> Tensor | None:
-        low = self.pairs.get(p)
-        if low is None or low.tensor.grad is None:
-            return p.grad
-        if p.grad is not None:  # of a forward pass that took the master: both have a part
-            p.grad += low.tensor.grad
-            low.tensor.grad = None
-            return p.grad
-        return low.tensor.grad
-
-    @torch.no_grad()
     def step(self, weight: float) -> None:
         scale = (self.clip / (self.total + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
-        each = zip(self.parameters, self.grads, self.averages.values(), strict=True)
-        of = {p: (grad, average) for p, grad, average in each}
-        left = []  # without a gradient: only their average moves
+        averages = list(self.averages.values())
+        first = 0
         for group in self.optimizer.param_groups:
-            lists = [[] for _ in range(7)]
-            for p in group["params"]:
-                grad, average = of[p]
-                if grad is None:
-                    left.append((average, p))
-                    continue
-                state, low = self.state(p), self.pairs.get(p)
-                moments = state["exp_avg"], state["exp_avg_sq"]
-                low = self.empty if low is None else low.tensor
-                entries = (p, grad, *moments, state["step"], average, low)
-                for entry, tensors in zip(entries, lists, strict=True):
-                    tensors.append(entry)
+            end = first + len(group["params"])
+            rows = [i for i in range(first, end) if self.grads[i] is not None]
             options = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-            if lists[0]:
-                call("step")(*lists, scale, *options, weight)
-                written = [t for tensors in (lists[0], *lists[2:]) for t in tensors]
-                torch.autograd.graph.increment_version(written)  # it counts no kernel of ours
-                for p in lists[0]:
-                    if p in self.pairs:
-                        self.pairs[p].written(p)
-        if left:
-            torch._foreach_lerp_(*map(list, zip(*left, strict=True)), weight)
+            if rows:
+                mine = [averages[i] for i in rows] if averages else []
+                self.kernel(rows, mine, scale, *options, weight)
+            left = [i for i in range(first, end) if self.grads[i] is None]
+            if left and averages:
+                weights = [self.parameters[i] for i in left]
+                torch._foreach_lerp_([averages[i] for i in left], weights, weight)
+            first = end
 
-    def state(self, p: Tensor) -> dict[str, Tensor]:
-        """The optimizer's, as torch.optim.AdamW makes it."""
-        state = self.optimizer.state[p]
-        if not state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        for key in ("exp_avg", "exp_avg_sq"):  # loaded, it keeps the layout that it was saved in
-            if state[key].stride() != p.stride():
-                state[key] = torch.empty_like(p).copy_(state[key])
-        return state
+    def kernel(self, rows: list[int], averages: list[Tensor], scale: Tensor, *options) -> None:
+        """The step of the parameters of these numbers."""
+        weights, pairs = ([of[i] for i in rows] for of in (self.parameters, self.pairs))
+        states = [self.optimizer.state[p] for p in weights]
+        for p, state in zip(weights, states, strict=True):
+            if not state:  # as torch.optim.AdamW begins
+                state["step"] = torch.zeros(())
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        moments = [state[key] for key in ("exp_avg", "exp_avg_sq") for state in states]
+        if list(map(id, moments)) != list(map(id, self.checked)):
+            for p, state in zip(weights, states, strict=True):
+                for key in ("exp_avg", "exp_avg_sq"):  # loaded, it has the layout of its file
+                    if state[key].stride() != p.stride():
+                        state[key] = torch.empty_like(p).copy_(state[key])
+            moments = [state[key] for key in ("exp_avg", "exp_avg_sq") for state in states]
+            self.checked = moments
+        exp_avgs, exp_avg_sqs = moments[: len(rows)], moments[len(rows) :]
+        lows = [self.none if low is None else low.tensor for low in pairs]
+        grads, steps = [self.grads[i] for i in rows], [state["step"] for state in states]
+        tensors = (weights, grads, exp_avgs, exp_avg_sqs, steps, averages, lows)
+        call("step")(*tensors, scale, *options)
+        # Autograd is told that they were written: it sees no kernel of ours.
+        torch.autograd.graph.increment_version([*weights, *lows])
+        for p, low in zip(weights, pairs, strict=True):
+            if low is not None:
+                low.written(p)
 
     def zero_grad(self) -> None:
         super().zero_grad()
-        for low in self.pairs.values():
-            low.tensor.grad = None
+        for low in self.pairs:
+            if low is not None:
+                low.tensor.grad = None
 
     def weights(self):
         return nullcontext() if self.lows is None else self.lows
