@@ -46,6 +46,7 @@ class Low:
         return (
             self.version == master._version
             and self.address == master.data_ptr()
+            and self.tensor.requires_grad == master.requires_grad
             and not (master._backward_hooks or master._post_accumulate_grad_hooks)
         )
 
