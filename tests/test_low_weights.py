@@ -282,9 +282,10 @@ def test_a_run_goes_on_where_pytorch_s_update_was(work, monkeypatch):
         patch.setattr(trainer, "choose_update", lambda o, e, c, m: Update(o, e, c))
         train(config(work, out=work / "theirs", **options | {"steps": 3}))
     found = weights(train(resumed(work / "theirs", steps=6)))
-    assert found.keys() == mine.keys() == weights(work / "ours").keys()
+    whole = weights(work / "ours")
+    assert found.keys() == mine.keys() == whole.keys()
     for name, tensor in mine.items():
-        assert torch.equal(tensor, weights(work / "ours")[name])
+        assert torch.equal(tensor, whole[name])
         assert found[name].dtype == tensor.dtype
         torch.testing.assert_close(found[name], tensor, rtol=0.02, atol=1e-4)
     assert checkpoint.read(work / "theirs")[1]["step"] == 6
