@@ -29,7 +29,8 @@ class Low:
 
     @torch.no_grad()
     def refresh(self, master: Tensor) -> None:
-        if self.tensor is None or self.tensor.stride() != master.stride():
+        mine = self.tensor
+        if mine is None or mine.shape != master.shape or mine.stride() != master.stride():
             self.tensor = torch.empty_like(master, dtype=DTYPE)
         self.tensor.copy_(master).requires_grad_(master.requires_grad)
         self.written(master)

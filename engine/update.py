@@ -151,8 +151,8 @@ class OnePass(Update):
 
     def zero_grad(self) -> None:
         super().zero_grad()
-        for low in self.pairs:
-            if low is not None:
+        if self.lows is not None:
+            for low, _ in self.lows.pairs:
                 low.tensor.grad = None
 
     def weights(self):

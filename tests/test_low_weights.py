@@ -14,7 +14,7 @@ import engine
 from engine import checkpoint, data, dispatch, trainer
 from engine import train as command
 from engine.blocks import Conv2d, Linear
-from engine.low_weights import LowWeights
+from engine.low_weights import Low, LowWeights
 from engine.optimizer import AdamW
 from engine.train import train
 from engine.trainer import Trainer
@@ -142,6 +142,17 @@ def test_no_old_weight(change, between):
             assert torch.equal(low.tensor, master.to(BF16))
     assert torch.equal(*losses)
     equal(*found)
+
+
+def test_no_other_tensor_gets_the_address():
+    """Freed memory comes again at the same address, and `p.data = …` counts no version."""
+    p = nn.Parameter(torch.zeros(64))
+    low = Low(p)
+    p.data = torch.ones(32)
+    others = [torch.ones(64) for _ in range(50)]
+    assert low.address not in {t.data_ptr() for t in others} and not low.stands_for(p)
+    low.refresh(p)
+    assert low.stands_for(p) and torch.equal(low.tensor, p.to(BF16))
 
 
 def test_a_parameter_that_was_exchanged():
