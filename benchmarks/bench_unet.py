@@ -32,12 +32,13 @@ import torch
 
 from engine.execution import keep_freed_memory
 from engine.prepacked import prepacked
+from engine.update import Update, choose_update
 
 pytest.importorskip("diffusers")
 
 from unet_cases import (
     BF16,
-    Masters,
+    Parameters,
     Training,
     inputs,
     openvino,
@@ -47,7 +48,8 @@ from unet_cases import (
     seconds,
 )
 
-EAGER, BF16_WEIGHTS = "ours, PyTorch's ops", "ours, bf16 weights"
+EAGER, PLAINLY = "ours, PyTorch's ops", "ours, PyTorch's AdamW"
+FOREACH = "ours, PyTorch's foreach AdamW"
 STEPS = [("small", 32), ("small", 1), ("cifar10", 8)]
 GOALS = {
     ("small", 32): {"diffusers": 2.2, "compile": 1.5},
@@ -165,31 +167,59 @@ def bench_training_step(benchmark, name, batch):
     benchmark.pedantic(steps["ours"], rounds=1)
 
 
-def bench_weights_in_bf16(benchmark):
-    """A training step, and one whose weights stay in bfloat16: the same bits, but is it faster?"""
-    found = child("masters", "small", 32)
-    record(benchmark, found["seconds"], batch=32, gained_ms=found["gained_ms"])
+@pytest.mark.parametrize("name, batch", [("small", 32), ("small", 8)])
+def bench_update(benchmark, name, batch):
+    """A training step with one pass of ours for clipping, AdamW, average and weights in bfloat16,
+    and one with PyTorch's passes and autocast's casts."""
+    found = child("update", name, batch)
+    record(benchmark, found["seconds"], batch=batch, gained_ms=found["gained_ms"])
     benchmark.pedantic(lambda: None, rounds=1)
 
 
-def masters(name: str, batch: int, rounds: int = 20) -> dict:
+def update(name: str, batch: int, rounds: int = 20) -> dict:
     """Seconds of both in turns, and the median of what a pair of steps differs by."""
     ours = pair(name)[1]
     steps = {
         "ours": Training(copy.deepcopy(ours), name, batch),
-        BF16_WEIGHTS: Masters(ours, name, batch),
+        PLAINLY: Training(ours, name, batch, plainly=True),
     }
-    taken = {each: [] for each in steps}
+    assert steps["ours"].update.lows is not None
+    taken, losses = ({each: [] for each in steps} for _ in range(2))
+    before = torch.cat([p.detach().flatten() for p in ours.parameters()])
     for k in range(rounds + 2):
         for each in (list(steps), list(reversed(steps)))[k % 2]:
             start = time.perf_counter()
-            steps[each]()
+            losses[each].append(steps[each]())
             taken[each].append(time.perf_counter() - start)
-    for p, q in zip(*(step.weights() for step in steps.values()), strict=True):
-        assert torch.equal(p, q), "weights in bfloat16 with float32 masters: other bits"
+    same(*map(torch.stack, losses.values()), "losses", 1e-3)
+    models = [step.model for step in steps.values()]
+    moved = [torch.cat([p.detach().flatten() for p in m.parameters()]) - before for m in models]
+    same(*moved, "the way of the weights")  # a norm of other last bits clips otherwise
     taken = {each: times[2:] for each, times in taken.items()}
-    gained = [1e3 * (a - b) for a, b in zip(*taken.values(), strict=True)]
+    gained = [1e3 * (b - a) for a, b in zip(*taken.values(), strict=True)]
     return {"seconds": taken, "gained_ms": round(statistics.median(gained), 2)}
+
+
+def bench_update_alone(benchmark):
+    """Clipping, AdamW and the average of the weights, with float32 gradients."""
+    found = child("update alone", "small", 1)
+    record(benchmark, found["seconds"])
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+def update_alone(name: str) -> dict:
+    model = pair(name)[1]
+    passes = {
+        "ours": Parameters(model, choose_update, fused=True),
+        PLAINLY: Parameters(model, Update, fused=True),
+        FOREACH: Parameters(model, Update, foreach=True),
+    }
+    for call in passes.values():
+        call()
+    for tensors in zip(*(each.averages.values() for each in passes.values()), strict=True):
+        for other in tensors[1:]:
+            torch.testing.assert_close(tensors[0], other, rtol=1e-6, atol=1e-8)
+    return {"seconds": seconds(passes, blocks=5, calls=5)}
 
 
 @pytest.mark.parametrize("phase", ["forward", "training"])
@@ -301,8 +331,10 @@ def main(kind: str, *args: str) -> dict:
     if kind == "training on PyTorch's ops":
         step = Training(pair(name)[1], name, int(batch))
         return {"seconds": seconds({EAGER: step}, blocks=3, calls=2)}
-    if kind == "masters":
-        return masters(name, int(batch))
+    if kind == "update":
+        return update(name, int(batch))
+    if kind == "update alone":
+        return update_alone(name)
     theirs, ours = (model.eval() for model in pair(name))
     x, t = inputs(name, int(batch))
     twin = prepacked(ours, torch.float32)

@@ -3,16 +3,16 @@
 import copy
 import tempfile
 import time
+from collections.abc import Callable
 
 import diffusers
 import torch
 from diffusers.pipelines.ddim import pipeline_ddim
-from torch.nn.utils import clip_grad_norm_
 
 import engine
-from engine.blocks import Conv2d, Linear
 from engine.foreign import load_diffusers
 from engine.optimizer import AdamW
+from engine.update import Update, choose_update
 
 SMALL = dict(
     sample_size=32,
@@ -105,63 +105,49 @@ def openvino(model: torch.nn.Module, x: torch.Tensor, t: torch.Tensor):
 
 
 class Training:
-    """Steps of AdamW under autocast, as diffusers' examples and engine.train make them."""
+    """Steps of AdamW under autocast: diffusers' model as its examples train it, with PyTorch's
+    fused AdamW and no average of the weights; ours as engine.train does, average included, or with
+    `plainly` by PyTorch's passes and with autocast's casts."""
 
-    def __init__(self, model: torch.nn.Module, name: str, batch: int) -> None:
+    def __init__(self, model: torch.nn.Module, name: str, batch: int, plainly: bool = False):
         self.model = model.train()
         ours = isinstance(model, engine.UNet)
-        self.optimizer = self.make(AdamW if ours else torch.optim.AdamW)
+        optimizer = AdamW if ours else torch.optim.AdamW
+        self.optimizer = optimizer(model.parameters(), lr=1e-5, fused=True)
+        self.average = {k: p.detach().clone() for k, p in model.named_parameters()} if ours else {}
+        self.update = Update(self.optimizer, self.average, 1.0)
+        if ours and not plainly:
+            self.update = choose_update(self.optimizer, self.average, 1.0, model)
         self.x, self.t = inputs(name, batch)
         self.target = torch.randn(self.x.shape, generator=torch.Generator().manual_seed(2))
 
-    def make(self, optimizer: type) -> torch.optim.Optimizer:
-        return optimizer(self.model.parameters(), lr=1e-5, fused=True)
-
     def __call__(self) -> torch.Tensor:
-        with torch.autocast("cpu", BF16):
+        with self.update.weights(), torch.autocast("cpu", BF16):
             out = self.model(self.x, self.t)
             out = out if isinstance(out, torch.Tensor) else out.sample
             loss = (out.float() - self.target).square().mean()
-        loss.backward()
-        self.update()
+            loss.backward()
+        self.update.norm()
+        self.update.step(1e-3)
+        self.update.zero_grad()
         return loss.detach()
 
-    def update(self) -> None:
-        clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
-    def weights(self) -> list[torch.Tensor]:
-        return list(self.model.parameters())
+class Parameters:
+    """The parameters of a model with gradients that stay: clipping, AdamW and average alone."""
 
+    def __init__(self, model: torch.nn.Module, make: Callable, **options) -> None:
+        self.weights = [torch.nn.Parameter(p.detach().clone()) for p in model.parameters()]
+        self.averages = {str(i): p.detach().clone() for i, p in enumerate(self.weights)}
+        optimizer = AdamW(self.weights, lr=1e-5, **options)
+        self.update = make(optimizer, self.averages, 1.0)
+        generator = torch.Generator().manual_seed(3)
+        for p in self.weights:  # the whole's norm is 2.6 for 6.8 million: it is clipped
+            p.grad = torch.empty_like(p).copy_(1e-3 * torch.randn(p.shape, generator=generator))
 
-class Masters(Training):
-    """The same with the weights of convolutions and projections held in bfloat16, which autocast
-    then need not cast, and float32 masters of them for the optimiser."""
-
-    def make(self, optimizer: type) -> torch.optim.Optimizer:
-        layers = [m for m in self.model.modules() if isinstance(m, Conv2d | Linear)]
-        self.low = [p for m in layers for p in m.parameters(recurse=False)]
-        masters = {p: torch.nn.Parameter(p.detach().clone()) for p in self.low}
-        self.high = list(masters.values())
-        self.all = [masters.get(p, p) for p in self.model.parameters()]
-        for p in self.low:
-            p.data = p.data.to(BF16)
-        return optimizer(self.all, lr=1e-5, fused=True)
-
-    def update(self) -> None:
-        grads = [torch.empty_like(p) for p in self.high]
-        torch._foreach_copy_(grads, [p.grad for p in self.low])
-        for low, high, grad in zip(self.low, self.high, grads, strict=True):
-            low.grad, high.grad = None, grad
-        clip_grad_norm_(self.all, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_copy_(self.low, self.high)
-
-    def weights(self) -> list[torch.Tensor]:
-        return self.all
+    def __call__(self) -> None:
+        self.update.norm()
+        self.update.step(1e-3)
 
 
 def sampling(theirs: torch.nn.Module, ours: torch.nn.Module, name: str, batch: int) -> dict:

@@ -331,4 +331,35 @@ inline int64_t conv2d_amx_steps(const Conv2dAmx& p) {
 bool conv2d_amx_available();
 void conv2d_amx_fwd_cpu(const Conv2dAmx& p, const ParallelFor& parallel_for);
 
+// AdamW (Loshchilov & Hutter 2019, alg. 2) on tensors that lie in memory alike, walked as n floats:
+//   g = grad * grad_scale, w = weight * (1 - lr * weight_decay), k the step's number from 1
+//   m = lerp(m, g, 1 - beta1), v = beta2 * v + (1 - beta2) * g^2
+//   weight = w - lr / (1 - beta1^k) * m / (sqrt(v / (1 - beta2^k)) + eps)
+//   average = lerp(average, weight, average_weight), low = weight in bf16
+struct AdamW {
+  double lr, beta1, beta2, eps, weight_decay;
+  float grad_scale, average_weight;
+};
+struct AdamWTensor {
+  int64_t n;
+  double step;  // k
+  const void* grad;
+  DType grad_dtype;  // f32 or bf16
+  float* weight;
+  float* exp_avg;     // m
+  float* exp_avg_sq;  // v
+  float* average;     // null: none
+  void* low;          // null: none
+};
+void adamw_step_cpu(const AdamW& p, const AdamWTensor* tensors, int64_t count,
+                    const ParallelFor& parallel_for);
+
+// The sum of the squares of all elements.
+struct Gradient {
+  int64_t n;
+  const void* data;
+  DType dtype;  // f32 or bf16
+};
+double grad_squares_cpu(const Gradient* grads, int64_t count, const ParallelFor& parallel_for);
+
 }  // namespace engine

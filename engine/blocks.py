@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import addend, ops, winograd
+from .low_weights import weight_and_bias
 
 
 class Level(nn.Module):
@@ -44,13 +45,16 @@ class Conv2d(nn.Conv2d):
     """W x + b + add; x may be a pair, whose channels then follow each other: W [x₁; x₂] is
     W₁ x₁ + W₂ x₂, so that nobody concatenates them."""
 
+    low = None  # while it trains: low_weights.py
+
     def forward(self, x: Tensor | tuple[Tensor, Tensor], add: Tensor | None = None) -> Tensor:
+        weight, bias = weight_and_bias(self)
         if isinstance(x, tuple):
             x, skip = x
-            first, second = self.weight.split((x.shape[1], skip.shape[1]), dim=1)
+            first, second = weight.split((x.shape[1], skip.shape[1]), dim=1)
             add = self.convolve(x, first, None, add)
-            return self.convolve(skip, second, self.bias, add)
-        return self.convolve(x, self.weight, self.bias, add)
+            return self.convolve(skip, second, bias, add)
+        return self.convolve(x, weight, bias, add)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None):
         """W x + b + add, the sum within the convolution where there is a kernel for that."""
@@ -67,8 +71,10 @@ class Conv2d(nn.Conv2d):
 class Linear(nn.Linear):
     """x Wᵀ + b + add."""
 
+    low = None
+
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(x, *weight_and_bias(self))
         return y if add is None else add + y
 
 

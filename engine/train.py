@@ -130,6 +130,8 @@ def carry_out(config: TrainConfig, processes, stack: contextlib.ExitStack) -> Pa
     if info is not None:
         trainer.restore(tensors, info)
     tensors.clear()
+    if trainer.update.lows is not None:
+        chosen += "; weights of convolutions and projections in bfloat16 beside their float32"
     if changed:
         trainer.say(changed)
     trainer.say(

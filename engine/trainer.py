@@ -29,6 +29,7 @@ from .optimizer import AdamW
 from .parallel import Parallel, like, local, whole
 from .signals import Signals, Stopped
 from .torchrun import job
+from .update import choose_update
 
 if TYPE_CHECKING:
     from .train_config import TrainConfig
@@ -68,6 +69,12 @@ class Trainer:
             lr=config.lr,
             weight_decay=config.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
+        )
+        # As autocast would cast them, and where gradients need no sum in more than bfloat16.
+        alone = self.processes.world == 1 and config.accumulate == 1
+        low = alone and self.execution.precision == torch.bfloat16 and not self.execution.compiled
+        self.update = choose_update(
+            self.optimizer, self.ema, config.clip, self.model if low else None
         )
         loss_aware = config.t_sampler == "loss-aware"
         self.t_sampler = LossAwareSampler(diffusion.T) if loss_aware else None
@@ -138,7 +145,7 @@ class Trainer:
             total += self.backward(x, y, k)
         scale = self.guard.scale(self.device)
         self.guard.scaler.unscale_(self.optimizer)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), c.clip))
+        norm = whole(self.update.norm())
         caught = torch.full_like(total, self.signals.caught if self.signals else 0)
         numbers = torch.stack([total, norm, scale, caught])
         # The step's one wait for the device, and the one message beside the gradients'.
@@ -149,11 +156,10 @@ class Trainer:
         self.stop = int(max(row[3] for row in rows))
         losses = self.parallel.in_order([row[4:] for row in rows])
         if self.guard.judge(self.step + 1, loss_value, norm_value, scale_value):
-            self.optimizer.step()
-            self.update_ema()
+            self.update.step(1 - self.decay())
             self.update_t_sampler(losses)
         self.drawn.clear()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.update.zero_grad()
         self.step += 1
         row = {"loss": loss_value, "grad_norm": norm_value, "lr": rate}
         return row | {"skipped": self.guard.skipped}
@@ -163,7 +169,7 @@ class Trainer:
         piece = slice(k * self.parallel.share, (k + 1) * self.parallel.share)
         labels = None if y is None else y[piece]
         index = self.step * self.config.accumulate + k
-        with self.parallel.synchronised(k):
+        with self.parallel.synchronised(k), self.update.weights():
             loss = self.loss(x[piece], labels, index) / self.config.accumulate
             self.guard.scaler.scale(loss).backward()
         return loss.detach()
@@ -188,14 +194,11 @@ class Trainer:
                 f"gradient; {advice}; {saved}"
             )
 
-    @torch.no_grad()
-    def update_ema(self) -> None:
+    def decay(self) -> float:
+        """Of the average of the weights, in this step."""
         done = self.step - self.guard.skipped
         # Early on a shorter memory, so that the first weights are forgotten in short runs too.
-        decay = min(self.config.ema, (1 + done) / (10 + done))
-        averages = [local(average) for average in self.ema.values()]
-        weights = [local(p.detach()) for p in self.parameters.values()]
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        return min(self.config.ema, (1 + done) / (10 + done))
 
     def update_t_sampler(self, losses: list[float]) -> None:
         if self.t_sampler is None:

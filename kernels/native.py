@@ -448,3 +448,34 @@ def program_run(number: int, x: Tensor, rows: Tensor) -> Tensor:
 
 def program_free(number: int) -> None:
     torch.ops.engine.program_free.default(number)
+
+
+# The optimiser's: on the CPU, and never in a graph that is traced.
+
+
+def adamw_norm(
+    grads: list[Tensor],  # float32 or bfloat16
+) -> Tensor:  # () float32: the 2-norm of all of them together
+    return torch.ops.engine.adamw_norm.default(grads)
+
+
+def adamw_step(
+    weights: list[Tensor],  # float32, written as all here but the gradients
+    grads: list[Tensor],  # float32 or bfloat16
+    exp_avgs: list[Tensor],  # float32, in the layout of the weights
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],  # float32, one element each: steps done before this
+    averages: list[Tensor],  # float32, in the layout of the weights; or []
+    lows: list[Tensor],  # bfloat16, in the layout of the weights; empty tensors: not wanted
+    grad_scale: Tensor,  # one float32
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    average_weight: float,
+) -> None:
+    torch.ops.engine.adamw_step.default(
+        *(weights, grads, exp_avgs, exp_avg_sqs, steps, averages, lows, grad_scale),
+        *(lr, beta1, beta2, eps, weight_decay, average_weight),
+    )

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Inside engine, a module may import only from the layers before its own.
 LAYERS = (
     "device dispatch presets schedules layouts diffusers_config importance output decoded verdict"
-    " torchrun optimizer",
+    " torchrun optimizer low_weights",
     "distributed",
     "ops addend cli inception execution run_lock checkpoint_file dealing metrics winograd",
     "likelihood blocks fashion_mnist pictures patterns memory_format decoding picture_folder",
@@ -22,7 +22,7 @@ LAYERS = (
     "embedded",
     "data prepacked coefficients guidance classifier curves backend diffusers_schedulers parallel"
     " stepping",
-    "samplers foreign acceleration",
+    "samplers foreign acceleration update",
     "checkpoint",
     "evaluation",
     "cache plots guard signals",

@@ -8,7 +8,7 @@ from budget import FORWARD, assert_within_budget
 from small_unet import OPTIONS, SMALL, alive, inputs
 
 import engine
-from engine import schedules
+from engine import addend, schedules
 from engine.blocks import Conv2d, Linear, ResBlock, Upsample
 from engine.prepacked import for_sampling, prepacked
 
@@ -90,9 +90,10 @@ def test_pairs_are_concatenated_where_they_are_small(monkeypatch, small):
 
 
 @needs_bf16
-def test_twin_rounds_less_than_autocast():
+def test_twin_rounds_less_than_autocast(monkeypatch):
     """A residual is added before the convolution's result is rounded, not after. Over several
     models: of one, either may be nearer by chance."""
+    monkeypatch.setattr(addend, "fits", lambda *_: False)  # else the model does as its twin
     errors = []
     for seed in range(6):
         torch.manual_seed(seed)

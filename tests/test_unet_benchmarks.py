@@ -14,7 +14,6 @@ import profile_unet
 import unet_cases
 import unet_report
 
-KINDS = (unet_cases.Training, unet_cases.Masters)
 BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 needs_bf16 = pytest.mark.skipif(not BF16, reason="this CPU has no bfloat16 kernels of oneDNN")
 TINY = dict(
@@ -35,22 +34,14 @@ def tiny(monkeypatch):
 
 
 @needs_bf16
-def test_weights_in_bf16_with_masters_are_the_same_training():
-    """20 steps, every weight and moment bit for bit."""
-    found = bench_unet.masters("tiny", 2, rounds=18)
+def test_both_updates_are_the_same_training():
+    found = bench_unet.update("tiny", 2, rounds=6)
     assert {name: len(times) for name, times in found["seconds"].items()} == {
-        "ours": 18,
-        "ours, bf16 weights": 18,
+        "ours": 6,
+        "ours, PyTorch's AdamW": 6,
     }
-    steps = [kind(unet_cases.pair("tiny")[1], "tiny", 2) for kind in KINDS]
-    for _ in range(2):
-        losses = [step() for step in steps]
-        assert torch.equal(*losses)
-    plain, low = steps
-    assert {p.dtype for p in low.low} == {torch.bfloat16} and len(low.low) > 20
-    for p, q in zip(plain.weights(), low.weights(), strict=True):
-        for key in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(plain.optimizer.state[p][key], low.optimizer.state[q][key])
+    names = ["ours", "ours, PyTorch's AdamW", "ours, PyTorch's foreach AdamW"]
+    assert list(bench_unet.update_alone("tiny")["seconds"]) == names
 
 
 @needs_bf16
@@ -78,8 +69,10 @@ def test_pytorch_s_ops_alone(monkeypatch):
 def test_every_copy_of_a_training_step_has_a_site():
     found = profile_unet.copies(unet_cases.Training(unet_cases.pair("tiny")[1], "tiny", 2), calls=1)
     assert set(found) <= {*profile_unet.SITES, "other"}
+    plain = unet_cases.Training(unet_cases.pair("tiny")[1], "tiny", 2, plainly=True)
+    before = profile_unet.copies(plain, calls=1)
     for site in ("weights to bfloat16, by autocast", "gradients of weights to float32"):
-        assert found[site] > 0
+        assert before[site] > 0 and found.get(site, 0) < before[site] / 4
 
 
 def row(name: str, us: dict, **more) -> dict:
@@ -112,13 +105,9 @@ def test_tables():
     assert "| here | 2.5 |" not in unet_report.tables(rows, profiles=False)
 
 
-@pytest.mark.parametrize("gained, told", [(4.0, True), (-2.0, True), (9.0, False)])
-def test_why_weights_stay_float32(gained, told):
-    us = {"ours": 500_000, "ours, bf16 weights": 495_000}
-    (line,) = [
-        line
-        for line in unet_report.tables([row("bench_weights_in_bf16", us, gained_ms=gained)])
-        if line.startswith("Weights held in bf16")
-    ]
-    assert f"{abs(gained):.1f} ms {'shorter' if gained > 0 else 'longer'}" in line
-    assert ("Training does without" in line) == told
+@pytest.mark.parametrize("gained, told", [(4.0, "4.0 ms shorter"), (-2.0, "2.0 ms longer")])
+def test_what_one_pass_gains(gained, told):
+    us = {"ours": 500_000, "ours, PyTorch's AdamW": 495_000}
+    measured = row("bench_update[small-32]", us, gained_ms=gained, batch=32)
+    (line,) = [x for x in unet_report.tables([measured]) if x.startswith("Clipping, AdamW")]
+    assert told in line and "batch 32" in line and "500 ms are left" in line

@@ -65,19 +65,19 @@ class Watched(Trainer):
         if self.signal and first_start and [rank, self.step] == list(self.signal[:2]):
             os.kill(os.getpid(), self.signal[2])
         if self.step == 0 and "train_step" not in vars(self):
-            real = torch.nn.utils.clip_grad_norm_
+            real = self.update.norm
 
-            def kept(parameters, *args):
+            def kept():
                 gradients = {
                     name: parallel.whole(p.grad).clone().contiguous()
                     for name, p in self.parameters.items()
                 }
                 if self.processes.first:
                     save_file(gradients, self.folder.with_suffix(".gradients"))
-                torch.nn.utils.clip_grad_norm_ = real
-                return real(parameters, *args)
+                self.update.norm = real
+                return real()
 
-            torch.nn.utils.clip_grad_norm_ = kept
+            self.update.norm = kept
         return super().train_step(x, y)
 
 
