@@ -116,5 +116,5 @@ class _Conv2d(torch.autograd.Function):
             rest = torch.ops.aten.convolution_backward(
                 dy, x, weight, (weight.shape[0],), *geometry, needs
             )
-            grads = [ours if theirs is None else theirs for ours, theirs in zip(grads, rest)]
+            grads = [rest[i] if needs[i] else grads[i] for i in range(3)]
         return *grads, dy if ctx.needs_input_grad[3] else None
