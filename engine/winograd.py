@@ -18,7 +18,7 @@ OP = "conv2d_winograd"
 SETS = ("AVX2", "AVX512")  # where it was measured against oneDNN; both heed ATEN_CPU_CAPABILITY
 
 # Below, oneDNN computes dw faster: 16 C K sums are written and read, however few their terms.
-MIN_TILES = 16
+MIN_TILES = 24
 
 
 def serves(layer: nn.Conv2d) -> bool:

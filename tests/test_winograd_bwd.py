@@ -186,7 +186,7 @@ def test_layer(calls, last, pair, bias):
 def test_frozen(calls, frozen):
     """What wants no gradient gets none, and the others' are the same."""
     layer = Conv2d(32, 32, 3, padding=1)
-    x, dy = images(1, 32, 8, 8, 32)
+    x, dy = images(2, 32, 8, 8, 32)
     leaves = {"x": x.clone(memory_format=torch.preserve_format).requires_grad_()}
     leaves |= dict(layer.named_parameters())
     layer(leaves["x"]).backward(dy)
@@ -207,8 +207,8 @@ def test_frozen(calls, frozen):
 def test_left_to_pytorch(calls):
     """Few tiles, a dy that is not channels_last, gradients of gradients."""
     layer = Conv2d(32, 32, 3, padding=1)
-    x, dy = images(1, 32, 8, 8, 32)
-    layer(x[..., :6]).backward(dy[..., :6].contiguous(memory_format=torch.channels_last))
+    x, dy = images(2, 32, 8, 8, 32)
+    layer(x[..., :4]).backward(dy[..., :4].contiguous(memory_format=torch.channels_last))
     layer(x).backward(dy.contiguous())
     layer(x).sum().backward()  # dy of stride 0
     torch.autograd.grad(layer(x), layer.weight, dy, create_graph=True)
