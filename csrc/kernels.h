@@ -301,6 +301,19 @@ void conv2d_winograd_weight_cpu(const float* w, int64_t K, int64_t C, int64_t k_
                                 const ParallelFor& parallel_for);
 void conv2d_winograd_fwd_cpu(const Conv2dWinograd& p, const ParallelFor& parallel_for);
 
+// Gradients of w and bias: C % 16 == 0, K % 32 == 0, no size 0.
+struct Conv2dWinogradGrads {
+  int64_t N, C, H, W, K;
+  const float* dy;  // (N, H, W, K)
+  const float* x;   // (N, H, W, C)
+  float* dweight;   // (k, c, tap) as w above:
+  int64_t k_stride, c_stride, tap_stride;
+  float* dbias = nullptr;  // (K,); null: not wanted
+};
+// workspace: 16 (C K + 16) float32.
+void conv2d_winograd_bwd_weight_cpu(const Conv2dWinogradGrads& p, float* workspace,
+                                    const ParallelFor& parallel_for);
+
 // out[n, y, x] = sum over sources, taps (i, j) of W[i, j] source[n, s y + i - p, s x + j - p]
 //                + bias + add, in bfloat16 by AMX, where conv2d_amx_available.
 struct Conv2dSource {

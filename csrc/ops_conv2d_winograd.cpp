@@ -66,6 +66,30 @@ Tensor conv2d_winograd_weight(const Tensor& weight, bool transposed) {
   return packed;
 }
 
+std::tuple<Tensor, Tensor> conv2d_winograd_bwd_weight(const Tensor& dy, const Tensor& x,
+                                                      bool channels_last, bool bias) {
+  STD_TORCH_CHECK(dy.dim() == 4 && x.dim() == 4, "dy and x must be (N, channels, H, W)");
+  engine::Conv2dWinogradGrads p;
+  p.N = x.size(0), p.C = x.size(1), p.H = x.size(2), p.W = x.size(3), p.K = dy.size(1);
+  STD_TORCH_CHECK(p.C % 16 == 0 && p.K % 32 == 0,
+                  "channels of x must be a multiple of 16, of dy a multiple of 32");
+  STD_TORCH_CHECK(p.N * p.C * p.H * p.W * p.K != 0, "dy and x must not be empty");
+  p.x = image(x, x, p.C, 1, "x");
+  p.dy = image(dy, x, p.K, 1, "dy");
+  Tensor dweight =
+      channels_last ? allocate_floats(x, {p.K, 3, 3, p.C}) : allocate_floats(x, {p.K, p.C, 3, 3});
+  if (channels_last) {
+    dweight = torch::stable::transpose(torch::stable::transpose(dweight, 2, 3), 1, 2);
+  }
+  p.dweight = floats(dweight);
+  p.k_stride = 9 * p.C, p.c_stride = channels_last ? 1 : 9, p.tap_stride = channels_last ? p.C : 1;
+  Tensor dbias = allocate_floats(x, {bias ? p.K : 0});
+  if (bias) p.dbias = floats(dbias);
+  Tensor workspace = allocate_floats(x, {16, p.C * p.K + 16});
+  engine::conv2d_winograd_bwd_weight_cpu(p, floats(workspace), Cpu::parallel_for());
+  return {dweight, dbias};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ENGINE_NS, m) {
@@ -74,11 +98,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ENGINE_NS, m) {
       "upsample) -> "
       "Tensor");
   m.def("conv2d_winograd_weight(Tensor weight, bool transposed) -> Tensor");
+  m.def(
+      "conv2d_winograd_bwd_weight(Tensor dy, Tensor x, bool channels_last, bool bias) -> (Tensor "
+      "dweight, Tensor dbias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CPU, m) {
   m.impl("conv2d_winograd_fwd", TORCH_BOX(&conv2d_winograd_fwd));
   m.impl("conv2d_winograd_weight", TORCH_BOX(&conv2d_winograd_weight));
+  m.impl("conv2d_winograd_bwd_weight", TORCH_BOX(&conv2d_winograd_bwd_weight));
 }
 
 }  // namespace engine::ops

@@ -17,6 +17,9 @@ from . import dispatch
 OP = "conv2d_winograd"
 SETS = ("AVX2", "AVX512")  # where it was measured against oneDNN; both heed ATEN_CPU_CAPABILITY
 
+# Below, oneDNN computes dw faster: 16 C K sums are written and read, however few their terms.
+MIN_TILES = 24
+
 
 def serves(layer: nn.Conv2d) -> bool:
     """Whether the kernel computes this layer's convolution, as far as it does not depend on x."""
@@ -42,6 +45,11 @@ def takes(*images: Tensor | None) -> bool:
         for t in images
         if t is not None
     )
+
+
+def tiles(y: Tensor) -> int:
+    """Of 2×2 pixels."""
+    return y.shape[0] * ((y.shape[2] + 1) // 2) * ((y.shape[3] + 1) // 2)
 
 
 def packed(weight: Tensor, transposed: bool = False) -> Tensor:
@@ -80,7 +88,8 @@ def trains(layer: nn.Conv2d, x: Tensor, add: Tensor | None) -> bool:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
-    """w ∗ x + bias + add of weights as they are, with a gradient: dx is such a convolution too."""
+    """w ∗ x + bias + add of weights as they are, with gradients: dx is such a convolution too, and
+    dw is Gᵀ [Σ_tiles (A dy Aᵀ) ⊙ (Bᵀ d B)] G (csrc/cpu/conv2d_winograd_bwd.cpp)."""
     return _Conv2d.apply(x, weight, bias, add)
 
 
@@ -93,13 +102,19 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        needs, dx = list(ctx.needs_input_grad[:3]), None
-        # Gradients of gradients are PyTorch's.
-        if needs[0] and weight.shape[1] % 32 == 0 and takes(dy) and not torch.is_grad_enabled():
-            dx, needs[0] = conv2d(dy, packed(weight, transposed=True)), False
-        geometry = (1, 1), (1, 1), (1, 1), False, (0, 0), 1
-        rest = torch.ops.aten.convolution_backward(
-            dy, x, weight, (weight.shape[0],), *geometry, needs
-        )
-        dadd = dy if ctx.needs_input_grad[3] else None
-        return rest[0] if dx is None else dx, *rest[1:], dadd
+        needs, grads = list(ctx.needs_input_grad[:3]), [None, None, None]
+        served = takes(dy) and not torch.is_grad_enabled()  # gradients of gradients are PyTorch's
+        if needs[0] and served and weight.shape[1] % 32 == 0:
+            grads[0], needs[0] = conv2d(dy, packed(weight, transposed=True)), False
+        if needs[1] and served and tiles(dy) >= MIN_TILES:
+            last = weight.stride(1) == 1
+            grads[1:] = dispatch.function(OP, "bwd_weight", "native")(dy, x, last, needs[2])
+            grads[2] = grads[2] if needs[2] else None
+            needs[1:] = False, False
+        if any(needs):
+            geometry = (1, 1), (1, 1), (1, 1), False, (0, 0), 1
+            rest = torch.ops.aten.convolution_backward(
+                dy, x, weight, (weight.shape[0],), *geometry, needs
+            )
+            grads = [rest[i] if needs[i] else grads[i] for i in range(3)]
+        return *grads, dy if ctx.needs_input_grad[3] else None

@@ -82,6 +82,9 @@ SCHEMAS = {
         "(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? add, bool upsample) -> Tensor"
     ),
     "conv2d_winograd_weight": "(Tensor weight, bool transposed) -> Tensor",
+    "conv2d_winograd_bwd_weight": (
+        "(Tensor dy, Tensor x, bool channels_last, bool bias) -> (Tensor dweight, Tensor dbias)"
+    ),
     "noise_fwd": "(Tensor(a!) out, Tensor seed, Tensor step, int stream, int offset) -> ()",
 }
 
@@ -269,6 +272,13 @@ def _linear_amx_fwd(x, weight, bias, add, out_features):
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+def _conv2d_winograd_bwd_weight(dy, x, channels_last, bias):
+    k, c = dy.shape[1], x.shape[1]
+    shape = (k, 3, 3, c) if channels_last else (k, c, 3, 3)
+    dweight = x.new_empty(shape)
+    return dweight.permute(0, 3, 1, 2) if channels_last else dweight, x.new_empty(k if bias else 0)
+
+
 def _noise_fwd(out, seed, step, stream, offset):
     return None
 
@@ -297,6 +307,7 @@ FAKES = {
     "conv2d_winograd_weight": _conv2d_winograd_weight,
     "conv2d_amx_fwd": _conv2d_amx_fwd,
     "linear_amx_fwd": _linear_amx_fwd,
+    "conv2d_winograd_bwd_weight": _conv2d_winograd_bwd_weight,
     "noise_fwd": _noise_fwd,
 }
 

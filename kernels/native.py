@@ -30,6 +30,7 @@ OPS = (
     "conv2d_winograd_weight",
     "conv2d_amx_fwd",
     "linear_amx_fwd",
+    "conv2d_winograd_bwd_weight",
     "noise_fwd",
 )
 # CUDA tensors have no kernel of them.
@@ -46,6 +47,7 @@ CPU_OPS = (
     "conv2d_winograd_weight",
     "conv2d_amx_fwd",
     "linear_amx_fwd",
+    "conv2d_winograd_bwd_weight",
 )
 MAX_SCALE = 1e38  # of attention: times log2 e, still a float32
 # GPUs, by name, where test_clusters (tests/test_group_norm_silu_plan.py) passed;
@@ -374,6 +376,15 @@ def linear_amx_fwd(
     out_features: int,
 ) -> Tensor:  # (…, out_features)
     return torch.ops.engine.linear_amx_fwd.default(x, weight, bias, add, out_features)
+
+
+def conv2d_winograd_bwd_weight(
+    dy: Tensor,  # (N, K, H, W) float32, channels_last, like x; on the CPU
+    x: Tensor,  # (N, C, H, W)
+    channels_last: bool,  # layout of dweight; else contiguous
+    bias: bool,  # whether dbias is wanted
+) -> tuple[Tensor, Tensor]:  # dweight (K, C, 3, 3), dbias (K,) or (0,)
+    return torch.ops.engine.conv2d_winograd_bwd_weight.default(dy, x, channels_last, bias)
 
 
 def noise_fwd(out: Tensor, seed: Tensor, step: Tensor, stream: int, offset: int) -> None:

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <optional>
 #include <string>
 #include <thread>
@@ -281,6 +282,21 @@ void attention_bwd_amx(const py::array& dout, const py::array& q, const py::arra
   engine::attention_bwd_amx(attention_params(q, k, v, scale), grads, threads_of(threads));
 }
 
+// x (N, H, W, C), dy (N, H, W, K) -> dw (K, C, 3, 3) or, channels last, (K, 3, 3, C); db.
+py::tuple conv2d_winograd_bwd_weight(py::array_t<float> dy, py::array_t<float> x,
+                                     bool channels_last, int threads) {
+  engine::Conv2dWinogradGrads p;
+  p.N = x.shape(0), p.H = x.shape(1), p.W = x.shape(2), p.C = x.shape(3), p.K = dy.shape(3);
+  py::array_t<float> dw(channels_last ? std::vector<py::ssize_t>{p.K, 3, 3, p.C}
+                                      : std::vector<py::ssize_t>{p.K, p.C, 3, 3});
+  py::array_t<float> db(p.K);
+  p.dy = dy.data(), p.x = x.data(), p.dweight = dw.mutable_data(), p.dbias = db.mutable_data();
+  p.k_stride = 9 * p.C, p.c_stride = channels_last ? 1 : 9, p.tap_stride = channels_last ? p.C : 1;
+  std::vector<float> workspace(16 * (p.C * p.K + 16), NAN);
+  engine::conv2d_winograd_bwd_weight_cpu(p, workspace.data(), threads_of(threads));
+  return py::make_tuple(dw, db);
+}
+
 }  // namespace
 
 // x, x2 (N, H, W, C), w (K, C, 3, 3) of any strides but between its taps, add (N, H, W, K).
@@ -326,6 +342,7 @@ PYBIND11_MODULE(native_module, m) {
   m.def("attention_amx_available", &engine::attention_amx_available);
   m.def("attention_fwd_amx", &attention_fwd_amx);
   m.def("attention_bwd_amx", &attention_bwd_amx);
+  m.def("conv2d_winograd_bwd_weight", &conv2d_winograd_bwd_weight);
   m.def("isa_level", &engine::isa_level);
   m.def("limit_isa_level", &engine::limit_isa_level);
 }

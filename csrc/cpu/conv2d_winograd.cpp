@@ -25,10 +25,8 @@
 #include "foreach_isa.h"
 
 namespace engine {
-namespace {
 
-// A thread's scratch, for good; 0 at first, as rows past the last tile are multiplied too.
-float* scratch(int64_t floats) {
+float* winograd_scratch(int64_t floats) {
   thread_local std::unique_ptr<float[]> buffer;
   thread_local int64_t size = 0;
   if (size < floats + 16) {
@@ -38,8 +36,6 @@ float* scratch(int64_t floats) {
   const auto address = reinterpret_cast<uintptr_t>(buffer.get());
   return reinterpret_cast<float*>((address + 63) / 64 * 64);
 }
-
-}  // namespace
 
 void conv2d_winograd_weight_cpu(const float* w, int64_t K, int64_t C, int64_t k_stride,
                                 int64_t c_stride, int64_t tap_stride, bool flip, float* packed,
@@ -62,7 +58,7 @@ void conv2d_winograd_fwd_cpu(const Conv2dWinograd& p, const ParallelFor& paralle
   const int64_t m = 16 * winograd_pitch(unit, loops.columns);
   const auto run = p.upsample ? loops.tiles_upsampled : loops.tiles;
   parallel_for((tiles + unit - 1) / unit, 1, [&](int64_t begin, int64_t end) {
-    float* s = scratch(v + m);
+    float* s = winograd_scratch(v + m);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * unit, left = tiles - first;
       run(p, first, left < unit ? left : unit, s, s + v);

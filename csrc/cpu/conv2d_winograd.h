@@ -26,6 +26,9 @@ struct WinogradLoops {
   void (*filters)(const WinogradFilters& f, int64_t k0, float* packed);
 };
 
+// A thread's scratch, for good; 0 at first, as rows past the last tile are multiplied too.
+float* winograd_scratch(int64_t floats);
+
 inline int64_t winograd_tiles(const Conv2dWinograd& p) {
   return p.N * ((p.H + 1) / 2) * ((p.W + 1) / 2);
 }
