@@ -187,10 +187,11 @@ class _PackedConv2d(_Packed):
         packed = self.packed.get(len(parts))
         if packed is None:
             packed = self.packed[len(parts)] = self.pack(parts)
+        # In float32 oneDNN's 3×3 convolutions with an addition are other, slower ones: on AVX2 15.2
+        # against 8.0 ms, 128 channels of 32×16×16.
+        apart = self.dtype == torch.float32 and self.layer[0].kernel_size != (1, 1)
         for part, (weight, bias) in zip(parts, packed, strict=True):
-            # In float32 oneDNN's convolutions with an addition are other, slower ones: on AVX2 15.2
-            # against 8.0 ms, 128 channels of 32×16×16.
-            if add is None or self.dtype == torch.float32:
+            if add is None or apart:
                 y = torch.ops.mkldnn._convolution_pointwise(
                     part, weight, bias, *self.geometry, "none", [], ""
                 )
