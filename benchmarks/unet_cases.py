@@ -12,6 +12,7 @@ from diffusers.pipelines.ddim import pipeline_ddim
 import engine
 from engine.foreign import load_diffusers
 from engine.optimizer import AdamW
+from engine.prepacked import for_sampling
 from engine.update import Update, choose_update
 
 SMALL = dict(
@@ -50,10 +51,20 @@ def pair(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
         return theirs, load_diffusers(folder)
 
 
-def inputs(name: str, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(name: str, batch: int, one_step: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and their t; one t for all as in a sampler's step, or each its own as in training."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, MODELS[name].get("in_channels", 3), 32, 32, generator=generator)
-    return x, torch.randint(0, 1000, (batch,), generator=generator)
+    t = torch.randint(0, 1000, (batch,), generator=generator)
+    return x, t[:1].expand(batch).contiguous() if one_step else t
+
+
+def as_sampled(model: torch.nn.Module, dtype: torch.dtype, t: torch.Tensor) -> Callable:
+    """(x, t) → what engine.sample calls at each of a hundred steps, t's among them."""
+    with torch.autocast("cpu", dtype, enabled=dtype == BF16):
+        called = for_sampling(model)
+    called.expect(torch.cat([t[:1], torch.arange(0, 1000, 10)]), len(t))
+    return called
 
 
 def seconds(contenders: dict, blocks: int, calls: int) -> dict[str, list[float]]:
@@ -107,9 +118,9 @@ def openvino(model: torch.nn.Module, x: torch.Tensor, t: torch.Tensor):
 class Training:
     """Steps of AdamW under autocast: diffusers' model as its examples train it, with PyTorch's
     fused AdamW and no average of the weights; ours as engine.train does, average included, or with
-    `plainly` by PyTorch's passes and with autocast's casts."""
+    `plainly` by PyTorch's passes and with autocast's casts. In float32 without `low`."""
 
-    def __init__(self, model: torch.nn.Module, name: str, batch: int, plainly: bool = False):
+    def __init__(self, model: torch.nn.Module, name: str, batch: int, plainly=False, low=True):
         self.model = model.train()
         ours = isinstance(model, engine.UNet)
         optimizer = AdamW if ours else torch.optim.AdamW
@@ -117,12 +128,13 @@ class Training:
         self.average = {k: p.detach().clone() for k, p in model.named_parameters()} if ours else {}
         self.update = Update(self.optimizer, self.average, 1.0)
         if ours and not plainly:
-            self.update = choose_update(self.optimizer, self.average, 1.0, model)
+            self.update = choose_update(self.optimizer, self.average, 1.0, model if low else None)
+        self.low = low
         self.x, self.t = inputs(name, batch)
         self.target = torch.randn(self.x.shape, generator=torch.Generator().manual_seed(2))
 
     def __call__(self) -> torch.Tensor:
-        with self.update.weights(), torch.autocast("cpu", BF16):
+        with self.update.weights(), torch.autocast("cpu", BF16, enabled=self.low):
             out = self.model(self.x, self.t)
             out = out if isinstance(out, torch.Tensor) else out.sample
             loss = (out.float() - self.target).square().mean()

@@ -4,6 +4,7 @@
 CONTENDERS = {
     "ours": "ours",
     "ours, PyTorch's ops": "ours on PyTorch's ops alone (ENGINE_BACKEND=eager)",
+    "ours, not recorded": "ours, its steps not recorded",
     "ours, compiled": "ours, compiled",
     "memory returned": "ours, freed memory returned",
     "ours, PyTorch's AdamW": "ours with PyTorch's fused AdamW, clipping, EMA, casts of weights",

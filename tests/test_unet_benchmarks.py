@@ -57,6 +57,17 @@ def test_both_samplings_are_the_same(monkeypatch):
     assert not torch.allclose(runs["ours"](5, torch.float32, -x), images[0], atol=0.1)
 
 
+@pytest.mark.parametrize("measure, calls", [("fp32_step", 6), ("fp32_training", 3)])
+def test_in_float32(measure, calls):
+    """Ours computes what theirs does: the measurement itself asserts it."""
+    found = getattr(bench_unet, measure)("tiny", 2)["seconds"]
+    assert {name: len(times) for name, times in found.items()} == {
+        "ours": calls,
+        "diffusers": calls,
+        "diffusers channels_last": calls,
+    }
+
+
 @needs_bf16
 def test_pytorch_s_ops_alone(monkeypatch):
     monkeypatch.setenv("ENGINE_BACKEND", "eager")
