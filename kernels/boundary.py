@@ -78,13 +78,6 @@ SCHEMAS = {
         "(Tensor dloss, Tensor model_out, Tensor x0, Tensor coeffs, Tensor t, Tensor? weights, "
         "Tensor? seed, Tensor? step, Tensor? noise, int offset, int loss) -> Tensor"
     ),
-    "conv2d_winograd_fwd": (  # native on the CPU alone
-        "(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? add, bool upsample) -> Tensor"
-    ),
-    "conv2d_winograd_weight": "(Tensor weight, bool transposed) -> Tensor",
-    "conv2d_winograd_bwd_weight": (
-        "(Tensor dy, Tensor x, bool channels_last, bool bias) -> (Tensor dweight, Tensor dbias)"
-    ),
     "noise_fwd": "(Tensor(a!) out, Tensor seed, Tensor step, int stream, int offset) -> ()",
 }
 
@@ -245,6 +238,7 @@ def _forward_noise_loss_bwd(
     return torch.empty_like(model_out)
 
 
+# Native on the CPU alone, like all convolutions: their schemas stand in csrc/ops_conv2d*.cpp.
 def _conv2d_winograd_fwd(x, x2, weight, bias, add, upsample):
     n, _, height, width = x.shape
     times = 2 if upsample else 1
@@ -257,7 +251,6 @@ def _conv2d_winograd_weight(weight, transposed):
     return weight.new_empty((k // 16, 16, c, 16))
 
 
-# Native on the CPU alone, like linear_amx_fwd: their schemas stand in csrc/ops_conv2d.cpp.
 def _conv2d_amx_fwd(
     x, x2, x3, x4, weight, bias, add, out_channels, kernel, stride, padding, upsample
 ):

@@ -216,6 +216,18 @@ def test_nothing(shape):
     assert layer(image(*shape)).shape == shape
 
 
+@pytest.mark.parametrize("upsample", [False, True])
+def test_opcheck(upsample):
+    x, x2 = image(2, 32, 3, 4), image(2, 16, 3, 4)
+    add = image(2, 32, 6, 8) if upsample else image(2, 32, 3, 4)
+    weight = torch.randn(32, 48, 3, 3)
+    given = x, x2, winograd.packed(weight), torch.zeros(32), add, upsample
+    torch.library.opcheck(torch.ops.engine.conv2d_winograd_fwd.default, given)
+    torch.library.opcheck(torch.ops.engine.conv2d_winograd_weight.default, (weight, False))
+    turned = weight.contiguous(memory_format=LAST)
+    torch.library.opcheck(torch.ops.engine.conv2d_winograd_weight.default, (turned, True))
+
+
 def test_threads_change_no_bit():
     layer, x = Conv2d(64, 64, 3, padding=1), image(3, 64, 11, 13)
     threads, found = torch.get_num_threads(), []
