@@ -20,7 +20,7 @@ import gpu_report  # noqa: E402
 import gpu_results  # noqa: E402
 from gpu_device import StandIn  # noqa: E402
 
-from engine import samplers  # noqa: E402
+from engine import samplers, stepping  # noqa: E402
 
 
 def test_parity_takes_the_first_run_that_proves(tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ class Stepwise:
 
 def test_graph_sampling_is_compared_with_the_plain_loop(monkeypatch):
     monkeypatch.setattr(samplers, "_wants_graph", lambda graph, device: graph is True)
-    monkeypatch.setattr(samplers, "_capture", Stepwise)
+    monkeypatch.setattr(stepping, "capture", Stepwise)
     monkeypatch.setattr(gpu_anchors.dispatch, "IMPLS", ("auto", "eager", "native"))
     monkeypatch.setenv("ENGINE_BACKEND", "auto")
     found = gpu_anchors.graph_sampling(StandIn(), batch=2, few=2, many=4)
@@ -167,10 +167,10 @@ def test_graph_sampling_is_compared_with_the_plain_loop(monkeypatch):
         raise RuntimeError("operation not permitted")
 
     monkeypatch.setattr(gpu_anchors.dispatch, "IMPLS", ("auto", "eager"))
-    monkeypatch.setattr(samplers, "_capture", other)
+    monkeypatch.setattr(stepping, "capture", other)
     found = gpu_anchors.graph_sampling(StandIn(), batch=2, few=1, many=2)
     assert [row["same_images"] for row in found.values()] == [False, False]
-    monkeypatch.setattr(samplers, "_capture", refuse)
+    monkeypatch.setattr(stepping, "capture", refuse)
     found = gpu_anchors.graph_sampling(StandIn(), batch=2, few=1, many=2)
     assert all("cannot be captured" in row["error"] for row in found.values())
     assert os.environ["ENGINE_BACKEND"] == "auto"
