@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 # Group → what its operators' names contain; the first that fits has it.
 GROUPS = {
     "attention": ("scaled_dot_product", "attention", "Attention"),
-    "convolution": ("convolution", "Convolution"),
+    "convolution": ("convolution", "Convolution", "conv2d"),
     "norm and SiLU in one": ("engine::group_norm", "GroupNormSilu"),
     "norm": ("group_norm", "GroupNorm"),
     "SiLU": ("silu", "Silu"),

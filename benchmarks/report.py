@@ -24,6 +24,10 @@ HEADLINE = (
     "bench_attention_forward[32x16x256x8-bf16]",
     "bench_attention_forward[32x2x256x64-fp32]",
     "bench_attention_backward[32x16x256x8-bf16]",
+    "bench_conv2d_amx_3x3[1x128x128x8]",
+    "bench_conv2d_amx_3x3[32x128x128x16]",
+    "bench_conv2d_winograd_forward[32x128x128x16-avx2]",
+    "bench_conv2d_winograd_training[32x128x128x16-avx2]",
     "bench_reverse_step[64x1x28x28]",
     "bench_reverse_step[128x3x32x32]",
     "bench_scheduler_step[128x3x32x32-ddpm]",
@@ -38,7 +42,8 @@ NOTES = (
     "eager and compile draw with torch.randn. The allocator keeps freed blocks, for all contenders",
     "alike (benchmarks/conftest.py). In `eager` stand diffusers' schedulers for scheduler_step,",
     "and ours on one thread for batch_1. In attention's rows eager is PyTorch's SDPA. unet_*: a",
-    "whole model of diffusers, accelerated and not.",
+    "whole model of diffusers, accelerated and not. conv2d_*, linear_*: eager is oneDNN, its weights",
+    "packed beforehand as ours are, in training F.conv2d.",
 )
 COLUMNS = "| case | ours µs | eager µs | compile µs | × eager | × compile | GB/s | of copy |"
 
