@@ -42,8 +42,8 @@ NOTES = (
     "eager and compile draw with torch.randn. The allocator keeps freed blocks, for all contenders",
     "alike (benchmarks/conftest.py). In `eager` stand diffusers' schedulers for scheduler_step,",
     "and ours on one thread for batch_1. In attention's rows eager is PyTorch's SDPA. unet_*: a",
-    "whole model of diffusers, accelerated and not. conv2d_*, linear_*: eager is oneDNN, its weights",
-    "packed beforehand as ours are, in training F.conv2d.",
+    "whole model of diffusers, accelerated and not. conv2d_*, linear_*: eager is oneDNN, its",
+    "weights packed beforehand as ours are, in training F.conv2d.",
 )
 COLUMNS = "| case | ours µs | eager µs | compile µs | × eager | × compile | GB/s | of copy |"
 
