@@ -138,9 +138,21 @@ AttentionView merged_view(const Tensor& t, const Attention& p, const Tensor& qkv
   return {t.data_ptr(), strides[0], p.D * strides[2], strides[1], strides[2]};
 }
 
-std::tuple<Tensor, Tensor> attention_qkv_fwd(const Tensor& qkv, int64_t heads, std::string order,
+// An operand `str`, which is the callee's to delete. Of a parameter std::string, the stable ABI's
+// headers (torch 2.11 to 2.13) leave a copy behind in every call.
+std::string string_of(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string found(data, length);
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return found;
+}
+
+std::tuple<Tensor, Tensor> attention_qkv_fwd(const Tensor& qkv, int64_t heads, StringHandle order,
                                              double scale) {
-  const Attention p = packed_params(qkv, heads, order, scale);
+  const Attention p = packed_params(qkv, heads, string_of(order), scale);
   const int64_t sizes[] = {p.N, p.S, p.H * p.D};
   Tensor out = allocate(qkv, sizes, 3, qkv.scalar_type());
   Tensor lse = allocate_floats(qkv, {p.N, p.H, p.S});
@@ -149,7 +161,9 @@ std::tuple<Tensor, Tensor> attention_qkv_fwd(const Tensor& qkv, int64_t heads, s
 }
 
 Tensor attention_qkv_bwd(const Tensor& dout, const Tensor& qkv, const Tensor& out,
-                         const Tensor& lse, int64_t heads, std::string order, double scale) {
+                         const Tensor& lse, int64_t heads, StringHandle order_handle,
+                         double scale) {
+  const std::string order = string_of(order_handle);
   const Attention p = packed_params(qkv, heads, order, scale);
   Tensor dqkv = allocate_like(qkv);
   const Packed to = packed_of(dqkv, heads, p.D, order);

@@ -150,6 +150,8 @@ class Run {
     if (i < 0) return {};
     const Tensor& t = constant(i);
     STD_TORCH_CHECK(t.numel() == C, "a norm's weight is no longer of ", C, " channels");
+    STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(),
+                    "a norm's weight is no longer contiguous on the CPU");
     return {t.data_ptr(), 0, dtype_of(t, "weight")};
   }
   Operand per_sample_operand() {

@@ -8,7 +8,7 @@ import torch
 from small_unet import OPTIONS, SMALL, alive, inputs
 
 import engine
-from engine import dispatch, embedded, program
+from engine import blocks, dispatch, embedded, program
 from engine.prepacked import for_sampling
 from engine.program import Recorded, record
 
@@ -252,6 +252,17 @@ def test_other_tensors_than_recorded(change):
         _, run = record(lambda x, rows: torch.exp(x), *operands())
         with pytest.raises(RuntimeError, match="is not as it was when the program was recorded"):
             run(*change(*operands()))
+
+
+def test_a_norms_weight_that_lies_elsewhere():
+    """The kernel reads it by its address."""
+    norm = blocks.GroupNormSiLU(4, 8, 1e-5)
+    x, rows = torch.randn(2, 8, 4, 4), torch.randn(2, 16)
+    with torch.inference_mode():
+        _, run = record(lambda x, rows: norm(x), x, rows)
+        norm.weight.data = torch.randn(16)[::2]
+        with pytest.raises(RuntimeError, match="is no longer contiguous on the CPU"):
+            run(x, rows)
 
 
 @pytest.mark.parametrize("code", [[], [5], [2, 0, 1, 1], [99]])
