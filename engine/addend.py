@@ -6,7 +6,7 @@ which PyTorch calls but does not differentiate. In float32 those kernels are oth
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .device import cannot_pack
@@ -14,10 +14,13 @@ from .device import cannot_pack
 BF16 = torch.bfloat16
 
 
-def fits(x: Tensor, weight: Tensor, add: Tensor) -> bool:
-    """Whether the layer computes in bfloat16, on a CPU with kernels for it, and neither a graph is
-    being traced nor a transform under way: those know PyTorch's own convolution."""
-    if not x.is_cpu or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+def fits(layer: nn.Conv2d, x: Tensor, weight: Tensor, add: Tensor) -> bool:
+    """Whether the layer computes in bfloat16, on a CPU with kernels for it, what is added is of the
+    result's shape, and neither a graph is being traced nor a transform under way: those know
+    PyTorch's own convolution."""
+    if not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if forward_ad._current_level >= 0 or add.shape != _result(layer, x):
         return False
     if torch.is_autocast_enabled("cpu"):
         low = torch.get_autocast_dtype("cpu") == BF16
@@ -26,6 +29,18 @@ def fits(x: Tensor, weight: Tensor, add: Tensor) -> bool:
     if not low or add.dtype != BF16 or type(x) is not Tensor or x.numel() == 0:
         return False
     return not torch._C._are_functorch_transforms_active() and not cannot_pack(BF16)
+
+
+def _result(layer: nn.Conv2d, x: Tensor) -> tuple[int, ...] | None:
+    """The shape of the layer's result; None where `convolution` has no such layer or x."""
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str) or x.dim() != 4:
+        return None
+    geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+    sides = [
+        (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+        for size, taps, stride, padding, dilation in zip(x.shape[2:], *geometry, strict=True)
+    ]
+    return x.shape[0], layer.out_channels, *sides
 
 
 def convolution(

@@ -58,11 +58,11 @@ class Conv2d(nn.Conv2d):
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None):
         """W x + b + add, the sum within the convolution where there is a kernel for that."""
-        if winograd.trains(self, x, add):
+        if winograd.trains(self, x, weight, add):
             return winograd.convolve(x, weight, bias, add)
         if add is None:
             return self._conv_forward(x, weight, bias)
-        if self.padding_mode == "zeros" and addend.fits(x, weight, add):
+        if addend.fits(self, x, weight, add):
             geometry = self.padding, self.stride, self.dilation, self.groups
             return addend.convolution(x, weight, bias, add, *geometry)
         return add + self._conv_forward(x, weight, bias)

@@ -72,6 +72,12 @@ def share(twin: nn.Module, packed: type[nn.Module], pack: Callable) -> None:
         block.temb_proj = Slice(product, i)
 
 
+def is_watched() -> bool:
+    """Whether somebody follows every module or operator, who would see none of a program's."""
+    hooks = torch.nn.modules.module._has_any_global_hook()
+    return bool(hooks) or torch._C._len_torch_dispatch_stack() > 0
+
+
 class Embedded:
     """A UNet as a sampling run calls it, (x, t) or (x, t, y), without autocast: that costs a
     microsecond per operator.
@@ -95,7 +101,8 @@ class Embedded:
                 return self.model(x, t, y)
             self.model.check_input(x, t)
             rows = self.embedding(row)
-            if len(self.times) < (MANY if x.numel() < LARGE else MANY_LARGE):
+            few = len(self.times) < (MANY if x.numel() < LARGE else MANY_LARGE)
+            if few or is_watched():
                 return self.denoise(x, rows)
             return self.recorded(self.denoise, x, rows)
 

@@ -8,7 +8,8 @@ writes it anew with the master (update.py). The numbers are autocast's, bit for 
 The parameters stay the float32 masters. What stands for a master notes the master's memory and its
 version, which PyTorch counts up at every write in place, and is not taken once one of them has
 changed: `with lows:` casts such weights again. A write that PyTorch does not count, through
-`p.data.add_()` or NumPy, would go unseen until the next one that it counts; nothing here does that.
+`p.data.add_()`, NumPy or the step of a fused optimizer of its own, would go unseen until the next
+one that it counts; nothing here does that.
 """
 
 from __future__ import annotations
@@ -55,24 +56,25 @@ class Low:
 class LayerLow:
     """What a layer's attribute `low` holds."""
 
-    def __init__(self, owner: LowWeights, layer: nn.Module) -> None:
+    def __init__(self, owner: LowWeights) -> None:
         self.owner = owner
-        self.weight = Low(layer.weight)
-        self.bias = None if layer.bias is None else Low(layer.bias)
+        self.weight: Low | None = None
+        self.bias: Low | None = None
 
     def of(self, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
         """The layer's weight and bias in bfloat16 where autocast would cast them; else its own."""
-        bias = self.bias
+        weight, bias = self.weight, self.bias
         if (
-            not (self.owner.on and layer.training and torch.is_grad_enabled())
+            weight is None
+            or not (self.owner.on and layer.training and torch.is_grad_enabled())
             or not torch.is_autocast_enabled("cpu")
             or torch.get_autocast_dtype("cpu") != DTYPE
-            or not self.weight.stands_for(layer.weight)
+            or not weight.stands_for(layer.weight)
             or (layer.bias is None) != (bias is None)
             or not (bias is None or bias.stands_for(layer.bias))
         ):
             return layer.weight, layer.bias
-        return self.weight.tensor, None if bias is None else bias.tensor
+        return weight.tensor, None if bias is None else bias.tensor
 
     def __reduce__(self):
         return type(None), ()  # a copy of the layer has its own weights alone
@@ -88,23 +90,35 @@ class LowWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self.on = False
-        self.pairs: list[tuple[Low, Tensor]] = []  # every bfloat16 tensor with its master
+        self.found: dict[int, tuple[Low, Tensor]] = {}  # of each master, by its id
         self.layers = [layer for layer in model.modules() if hasattr(layer, "low")]
         for layer in self.layers:
-            layer.low = LayerLow(self, layer)
+            layer.low = LayerLow(self)
+
+    @property
+    def pairs(self) -> list[tuple[Low, Tensor]]:
+        """Every bfloat16 tensor with its master."""
+        return list(self.found.values())
 
     def __enter__(self) -> None:
         """Casts what has changed."""
-        self.pairs = []
+        before, self.found = self.found, {}
         for layer in self.layers:
-            mine = layer.low
-            self.pairs.append((mine.weight, layer.weight))
-            if mine.bias is not None and layer.bias is not None:
-                self.pairs.append((mine.bias, layer.bias))
-        for low, master in self.pairs:
+            layer.low.weight = self.low_of(layer.weight, before)
+            layer.low.bias = self.low_of(layer.bias, before)
+        self.on = True
+
+    def low_of(self, master: Tensor | None, before: dict) -> Low | None:
+        """The same of all layers that share the master, as autocast casts it once for them; none of
+        a weight that is computed from others, which wait for its gradient."""
+        if master is None or not master.is_leaf:
+            return None
+        if id(master) not in self.found:
+            low, _ = before.get(id(master)) or (Low(master), None)
             if not low.stands_for(master):
                 low.refresh(master)
-        self.on = True
+            self.found[id(master)] = low, master
+        return self.found[id(master)][0]
 
     def __exit__(self, *_) -> None:
         self.on = False

@@ -72,18 +72,21 @@ def conv2d(
     return dispatch.function(OP, "fwd", "native")(x, x2, weight, bias, add, upsample)
 
 
-def trains(layer: nn.Conv2d, x: Tensor, add: Tensor | None) -> bool:
-    """Whether `convolve` may compute it: in float32, not compiled, no derivative but backward's."""
+def trains(layer: nn.Conv2d, x: Tensor, weight: Tensor, add: Tensor | None) -> bool:
+    """Whether `convolve` may compute it with this weight, the layer's or that of a part of its
+    input: in float32, neither compiled nor traced, no derivative but backward's."""
     return (
-        x.dtype == torch.float32 == layer.weight.dtype
+        x.dtype == torch.float32 == weight.dtype
         and x.is_cpu
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
         and serves(layer)
         and takes(x, add)
+        and x.shape[1] == weight.shape[1]
         and (add is None or add.shape == (len(x), layer.out_channels, *x.shape[2:]))
-        and not dispatch.has_tangent((x, layer.weight, layer.bias, add))
+        and not dispatch.has_tangent((x, weight, layer.bias, add))
     )
 
 

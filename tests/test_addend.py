@@ -123,20 +123,18 @@ def test_second_derivatives_are_those_of_pytorch(monkeypatch):
 def test_where_it_does_not_fit():
     layer, x, more, _ = layer_and_inputs(*CASES["3x3"], torch.channels_last)
     weight = layer.weight
-    assert not addend.fits(
-        x, weight, more
-    )  # a float32 layer, no autocast: that is an error's place
-    assert addend.fits(x, weight.to(BF16), more)
+    assert not addend.fits(layer, x, weight, more)  # float32, no autocast: an error's place
+    assert addend.fits(layer, x, weight.to(BF16), more)
     with torch.autocast("cpu", torch.float16):
-        assert not addend.fits(x, weight, more)
+        assert not addend.fits(layer, x, weight, more)
     with torch.autocast("cpu", BF16):
-        assert addend.fits(x.float(), weight, more)
-        assert not addend.fits(x, weight, more.float())
-        assert not addend.fits(x.to("meta"), weight, more)
+        assert addend.fits(layer, x.float(), weight, more)
+        assert not addend.fits(layer, x, weight, more.float())
+        assert not addend.fits(layer, x.to("meta"), weight, more)
         with torch.backends.mkldnn.flags(enabled=False):
-            assert not addend.fits(x, weight, more)
+            assert not addend.fits(layer, x, weight, more)
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            assert not addend.fits(mode.from_tensor(x), weight, more)
+            assert not addend.fits(layer, mode.from_tensor(x), weight, more)
 
         def tangent(t):
             return layer(t, more)
@@ -144,6 +142,44 @@ def test_where_it_does_not_fit():
         expected = torch.func.jvp(tangent, (x,), (torch.ones_like(x),))[1]
         assert expected.shape == more.shape and expected.abs().max() > 0
         assert torch.func.vjp(tangent, x)[1](more)[0].shape == x.shape
+
+
+# name: options of Conv2d, shape of x, shape of what is added
+OTHERS = {
+    "a number": (dict(padding=1), (2, 16, 8, 8), ()),
+    "an image": (dict(padding=1), (2, 16, 8, 8), (16, 8, 8)),
+    "a row": (dict(padding=1), (2, 16, 8, 8), (2, 16, 1, 1)),
+    "more images": (dict(padding=1), (1, 16, 8, 8), (3, 16, 8, 8)),
+    "larger images": (dict(padding=1, stride=8), (2, 16, 8, 8), (2, 16, 4, 4)),
+    "no batch": (dict(padding=1), (16, 8, 8), (16, 8, 8)),
+    "padding by name": (dict(padding="same"), (2, 16, 8, 8), (2, 16, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_addends_are_pytorch_s(name):
+    options, *shapes = OTHERS[name]
+    g = torch.Generator().manual_seed(0)
+    layer = Conv2d(16, 16, 3, **options).to(BF16)
+    x, more = (torch.randn(s, generator=g).to(BF16).requires_grad_() for s in shapes)
+    expected = more + F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
+    found = layer(x, more)
+    assert torch.equal(found, expected)
+    dy = torch.randn(found.shape, generator=g).to(BF16)
+    both = [torch.autograd.grad(y, (x, more), dy) for y in (found, expected)]
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_a_trace_has_pytorch_s_convolutions(dtype, tmp_path):
+    """torch.jit.save knows no Python function."""
+    layer = Conv2d(32, 32, 3, padding=1).to(dtype)
+    x = torch.randn(2, 32, 4, 4).to(dtype).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.jit.trace(layer, (x, x)).save(tmp_path / "traced.pt")
+        found, expected = torch.jit.load(tmp_path / "traced.pt")(x, x), x + layer(x)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ["plain", "adm", "three levels"])

@@ -234,6 +234,35 @@ def test_both_have_a_part_of_a_gradient():
         assert (mine - theirs).norm() <= 0.01 * theirs.norm()
 
 
+def test_layers_that_share_a_weight():
+    """Both gradients count; they are summed in bfloat16."""
+    norms = []
+    for model, update in pair():
+        model.mid_block_1.conv2.weight = model.mid_block_2.conv2.weight
+        x, t, y = inputs(model)
+        with update.weights(), torch.autocast("cpu", BF16):
+            model.train()(x, t, y).float().square().mean().backward()
+        shared = [p is model.mid_block_2.conv2.weight for p in update.parameters].index(True)
+        update.norm()
+        norms.append((update.grads if update.lows else [p.grad for p in update.parameters])[shared])
+    low, plain = norms
+    assert (low - plain).norm() < 0.02 * plain.norm()
+
+
+def test_a_weight_that_is_computed_from_others():
+    """Their gradients pass through it, be it kept for several forward passes or not."""
+    found = []
+    for model, _ in pair():
+        torch.nn.utils.parametrizations.weight_norm(model.mid_block_1.conv1)
+        averages = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = AdamW(model.parameters(), lr=1e-3, fused=True)
+        update = choose_update(optimizer, averages, 1.0, None if found else model)
+        with torch.nn.utils.parametrize.cached():
+            step(model, update)
+        found.append(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*map(dict.values, found), strict=True))
+
+
 def test_a_frozen_layer_stays():
     found = pair()
     for model, update in found:

@@ -1,11 +1,13 @@
 """A recorded step gives the bits of the step; what cannot be recorded is not."""
 
+import contextlib
 import gc
 import threading
 
 import pytest
 import torch
 from small_unet import OPTIONS, SMALL, alive, inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
 from engine import blocks, dispatch, embedded, program
@@ -100,6 +102,36 @@ def test_only_many_steps_are_recorded(many, monkeypatch):
             for _ in range(3):
                 net(x, t)
         assert [bool(p) for p in net.recorded.programs.values()] == expected
+
+
+@needs_bf16
+@pytest.mark.parametrize("how", ["modules", "operators"])
+def test_who_follows_every_call_sees_every_step(how):
+    """A program calls no module, and no operator that a dispatch mode would see."""
+    _, net = twin()
+    x, t, seen = torch.randn(1, 2, 8, 8).bfloat16(), torch.zeros(1), []
+
+    class Follows(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen[-1] += 1
+            return func(*args, **(kwargs or {}))
+
+    def follow(module, args, y):
+        seen[-1] += 1
+
+    net.expect(STEPS, 1)
+    with contextlib.ExitStack() as stack, torch.inference_mode():
+        for _ in range(4):
+            net(x, t)
+        if how == "operators":
+            stack.enter_context(Follows())
+        else:
+            handle = torch.nn.modules.module.register_module_forward_hook(follow)
+            stack.callback(handle.remove)
+        for _ in range(4):
+            seen.append(0)
+            net(x, t)
+    assert len(set(seen)) == 1 and seen[0] > 20
 
 
 def test_with_gradients_there_is_no_program():

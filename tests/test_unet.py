@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from budget import error
 from small_unet import OPTIONS, SMALL, alive, inputs
 
@@ -309,3 +310,34 @@ def test_autocast_keeps_bfloat16_between_convolutions():
 def test_bad_input(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize("attend", ["attention", "attention_qkv"])
+def test_gradient_checkpointing(attend):
+    """torch.utils.checkpoint hands out what was saved once."""
+    g = torch.Generator().manual_seed(0)
+    if attend == "attention":
+        shapes, call = [(2, 2, 6, 8)] * 3, engine.ops.attention
+    else:
+        shapes, call = [(2, 6, 48)], lambda qkv: engine.ops.attention_qkv(qkv, 2)
+    leaves = [torch.randn(s, generator=g).requires_grad_() for s in shapes]
+    again = torch.utils.checkpoint.checkpoint(call, *leaves, use_reentrant=False)
+    dy = torch.randn(again.shape, generator=g)
+    found, expected = (torch.autograd.grad(y, leaves, dy) for y in (again, call(*leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_gradient_checkpointing_of_the_model():
+    model = alive(engine.UNet(**SMALL))
+    x, t, _ = inputs(model)
+    process = engine.Diffusion(schedules.betas("linear", 1000))
+
+    def gradients(network):
+        loss = process.loss(network, x, t=t, key=0, reduction="none")
+        return torch.autograd.grad(loss @ torch.tensor([1.0, 0.3]), list(model.parameters()))
+
+    def again(x, t):
+        return torch.utils.checkpoint.checkpoint(model, x, t, use_reentrant=False)
+
+    pairs = zip(gradients(again), gradients(model), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)

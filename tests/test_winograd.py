@@ -130,6 +130,12 @@ def test_other_images_are_pytorchs(calls, x):
     assert layer(x).shape == x.shape and not calls
 
 
+@pytest.mark.parametrize("channels", [16, 48])
+def test_other_channels_are_told_by_pytorch(channels):
+    with pytest.raises(RuntimeError, match=f"to have 32 channels, but got {channels} channels"):
+        Conv2d(32, 32, 3, padding=1)(image(2, channels, 8, 8))
+
+
 def test_what_differs_from_backward(calls):
     """Gradients of gradients, tangents and vmap are PyTorch's; so is autocast's convolution."""
     layer, x = Conv2d(32, 32, 3, padding=1), image(1, 32, 4, 4, grad=True)

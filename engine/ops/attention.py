@@ -87,9 +87,10 @@ class _AttentionQKV(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        refuse_double_backward("attention_qkv", ctx.backend, ctx.saved_tensors)
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+        refuse_double_backward("attention_qkv", ctx.backend, saved)
         bwd = dispatch.function("attention", "qkv_bwd", ctx.backend)
-        return None, bwd(dout, *ctx.saved_tensors, *ctx.rest), None, None, None
+        return None, bwd(dout, *saved, *ctx.rest), None, None, None
 
 
 class _Attention(torch.autograd.Function):
@@ -103,9 +104,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        refuse_double_backward("attention", ctx.backend, ctx.saved_tensors)
+        saved = ctx.saved_tensors  # once, as above
+        refuse_double_backward("attention", ctx.backend, saved)
         bwd = dispatch.function("attention", "bwd", ctx.backend)
-        return None, *bwd(dout, *ctx.saved_tensors, ctx.scale), None
+        return None, *bwd(dout, *saved, ctx.scale), None
 
 
 def arguments(q, k, v, *, scale=None):

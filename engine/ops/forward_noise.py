@@ -135,12 +135,13 @@ class _ForwardNoiseLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):
-        refuse_double_backward("forward_noise_loss", ctx.backend, ctx.saved_tensors)
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+        refuse_double_backward("forward_noise_loss", ctx.backend, saved)
         bwd = dispatch.function("forward_noise", "loss_bwd", ctx.backend)
         if dloss.dim() == 0:
-            n = ctx.saved_tensors[0].shape[0]
+            n = saved[0].shape[0]
             dloss = (dloss / n).expand(n)
-        return bwd(dloss.contiguous(), *ctx.saved_tensors, *ctx.args), None, None
+        return bwd(dloss.contiguous(), *saved, *ctx.args), None, None
 
 
 class _ForwardNoiseLossGrad(torch.autograd.Function):
