@@ -1,8 +1,7 @@
-"""Convolutions and projections in bfloat16 of few pictures: our AMX kernel against oneDNN's.
+"""Convolutions and projections in bfloat16: our AMX kernel against oneDNN's.
 
 `eager` has its weights in oneDNN's own layout, packed for the shape, as ours has in its own. Both
-through one call of PyTorch's dispatcher each. The last shape of 3×3 is the largest that
-engine/amx.py gives to ours. Bytes: x, weights and y once each.
+through one call of PyTorch's dispatcher each. Bytes: x, weights and y once each.
 """
 
 import pytest

@@ -33,11 +33,10 @@ enum Argument : int64_t {
   kInt = 3,
   kFloat = 4,
   kBool = 5,
-  kString = 6,
-  kInts = 7,
-  kTensors = 8,
-  kOptional = 9,  // and then what it holds
-  kFloats = 10,
+  kInts = 6,
+  kTensors = 7,
+  kOptional = 8,  // and then what it holds
+  kFloats = 9,
 };
 
 struct Program {
@@ -245,8 +244,6 @@ class Run {
         return from(next_double());
       case kBool:
         return from(next() != 0);
-      case kString:
-        return from(program_.strings.at(static_cast<size_t>(next())));
       case kInts: {
         const Span span = numbers();
         return from(std::vector<int64_t>(span.data, span.data + span.count));

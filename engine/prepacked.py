@@ -4,10 +4,10 @@ once, not at every call.
 `prepacked(model, dtype)` is a twin of the model that shares everything with it except the
 convolutions and the projections. Those hold their weights in `dtype`, in the blocks that oneDNN's
 kernels read (at batch 1 a call that had to reorder them took 150-210 µs where it now takes 100),
-and take a residual as the kernel's last operation (convolutions in bfloat16 alone), where eager
-reads and writes the image again. In bfloat16, on a chip with AMX and for few pictures, a kernel of
-our own takes oneDNN's place (amx.py), whose call takes longer than the products of a small image;
-a pair is then not concatenated, nor an image enlarged before its convolution. Norms go to their
+and take a residual as the kernel's last operation, where eager reads and writes the image again. In
+bfloat16, on a chip with AMX, a kernel of our own takes oneDNN's place (amx.py), whose call takes
+longer than the products of a small image; a pair is then not concatenated, nor an image enlarged
+before its convolution. In float32 3×3 convolutions are Winograd's (winograd.py). Norms go to their
 kernel without the checks of the front door. The model itself stays as it is: it may be trained,
 copied or sampled by another thread meanwhile.
 CPU and inference only. A twin is of the model as it was: its convolutions and projections keep the
@@ -89,9 +89,12 @@ def _casts_by_itself(twin: nn.Module) -> bool:
     ours += (GroupNormSiLU, nn.Embedding, nn.ModuleList, nn.Identity, nn.Dropout)
     ours += (_PackedConv2d, _PackedLinear, Product, Slice, _Norm)
     ours += (_AmxConv2d, _AmxLinear, _AmxUpsample, _WinogradConv2d, _WinogradUpsample)
-    return all(
-        type(m) in ours and not _changed(m) and "forward" not in m.__dict__ for m in twin.modules()
-    )
+    return all(type(m) in ours and not _changed(m) and not _patched(m) for m in twin.modules())
+
+
+def _patched(module: nn.Module) -> bool:
+    """Whether one of its methods was replaced, in this module alone."""
+    return any(callable(getattr(type(module), name, None)) for name in module.__dict__)
 
 
 def _changed(module: nn.Module) -> bool:
@@ -237,14 +240,13 @@ class _PackedLinear(_Packed):
 
 
 class _AmxConv2d(_PackedConv2d):
-    """By our own kernel where few pictures come; else by oneDNN, of which a call costs 40 µs before
-    it computes."""
+    """By our own kernel where the pictures lie as it reads them; else by oneDNN."""
 
     tiles = None
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor], add: Tensor | None = None) -> Tensor:
         x, x2 = x if isinstance(x, tuple) else (x, None)
-        if not amx.takes(self.layer[0], x, x2, add):
+        if not amx.takes(x, x2, add):
             return super().forward(x if x2 is None else (x, x2), add)
         if self.tiles is None:
             self.tiles = amx.Tiles(self.layer[0])
@@ -268,7 +270,7 @@ class _AmxUpsample(_AmxConv2d):
     """Nearest ×2 and a 3×3 convolution, which reads the small image as if it were the large one."""
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        if not amx.takes(self.layer[0], x):
+        if not amx.takes(x):
             return super().forward(upsample_nearest(x))
         if self.tiles is None:
             self.tiles = amx.Tiles(self.layer[0])

@@ -8,8 +8,8 @@ dispatcher, with the arguments that it had. The kernels are the same, and so are
 
 Recorded are functions of two tensors on the CPU, (x, rows) → a tensor. Whatever else they read is a
 constant: what changes in place is seen, what takes its place is not. One operator that writes to an
-operand or gives something else than tensors, and there is no program; nor where it does not repeat
-at once what it was recorded from.
+operand, takes a string (as oneDNN's packed convolutions do) or gives something else than tensors,
+and there is no program; nor where it does not repeat at once what it was recorded from.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from .ops.layout import is_dense
 
 # The numbers of csrc/ops_program.cpp.
 NORM, ATTENTION, CALL, VIEW, FREE, COPY = range(6)
-NONE, REGISTER, CONSTANT, INT, FLOAT, BOOL, STRING, INTS, TENSORS, OPTIONAL, FLOATS = range(11)
+NONE, REGISTER, CONSTANT, INT, FLOAT, BOOL, INTS, TENSORS, OPTIONAL, FLOATS = range(10)
 DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALAR_TYPE = {torch.float32: 6, torch.bfloat16: 15, torch.float16: 5}
+CONSTANT_PADDING = 3  # ATen/native/PadNd.h
 COPIES = ("aten::clone", "aten::contiguous", "aten::to", "aten::_to_copy")
 
 
@@ -162,6 +163,9 @@ class _Recorder(TorchDispatchMode):
         elif schema.name in COPIES:
             source = self.register(args[0])
             self.emit(COPY, [source, self.scalar_type(outs[0]), *self.made(outs[0])])
+        elif schema.name == "aten::pad" and not kwargs and args[2:] in ((), ("constant",)):
+            same = torch.ops.aten._pad_enum.default._schema  # what it calls, without a string
+            self.call(same, (*args[:2], CONSTANT_PADDING), {}, outs)
         else:
             self.call(schema, args, kwargs, outs)
 
@@ -216,9 +220,7 @@ class _Recorder(TorchDispatchMode):
             return [BOOL, int(value)]
         if name == "float" and type(value) in (int, float):
             return [FLOAT, _bits(value)]
-        if name == "str" and isinstance(value, str):
-            return [STRING, self.string(value)]
-        raise _Refused
+        raise _Refused  # a str too: PyTorch's dispatcher keeps a copy of each, 48 bytes, for good
 
     def values(self, values: list, name: str) -> list[int]:
         if not values:

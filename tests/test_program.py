@@ -10,12 +10,14 @@ from small_unet import OPTIONS, SMALL, alive, inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
-from engine import blocks, dispatch, embedded, program
+from engine import amx, blocks, dispatch, embedded, program
 from engine.prepacked import for_sampling
 from engine.program import Recorded, record
 
 BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-needs_bf16 = pytest.mark.skipif(not BF16, reason="this CPU has no bfloat16 kernels of oneDNN")
+needs_bf16 = pytest.mark.skipif(
+    not (BF16 and amx.available()), reason="this CPU has no AMX, and oneDNN's are not recorded"
+)
 needs_native = pytest.mark.skipif(
     bool(dispatch.absence("program", "native")), reason="the extension is not built"
 )
@@ -185,6 +187,7 @@ FUNCTIONS = {
     "a view at the end": lambda x, rows: torch.sigmoid(rows)[:, 3:9].t(),
     "nothing at all": lambda x, rows: x,
     "a constant alone": lambda x, rows: torch.exp(WEIGHT),
+    "zeros around": lambda x, rows: torch.nn.functional.pad(x, (0, 1, 2, 1)),
     "numbers": lambda x, rows: torch.nn.functional.interpolate(x, scale_factor=2.0),
 }
 
@@ -215,6 +218,8 @@ REFUSED = {
     "gives a number": lambda x, rows: torch.mul(x, 2.5),
     "another dtype": lambda x, rows: torch.exp(x.double()),
     "empty": lambda x, rows: torch.exp(x[:0]),
+    "takes a string": lambda x, rows: torch.ops.aten.gelu(x, approximate="tanh"),
+    "pads by a string": lambda x, rows: torch.nn.functional.pad(x, (1, 1, 1, 1), mode="circular"),
     "draws": lambda x, rows: torch.bernoulli(x.sigmoid()),
 }
 

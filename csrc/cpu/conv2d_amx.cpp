@@ -1,4 +1,4 @@
-// Convolution and projection of bfloat16 by AMX, for few pictures: inference alone.
+// Convolution and projection of bfloat16 by AMX: inference alone.
 //
 //   out[n, y, x] = sum over sources, taps (i, j) of W[i, j] source[n, s y + i - p, s x + j - p]
 //                  + bias + add
