@@ -281,17 +281,22 @@ void forward_noise_loss_bwd_cpu(const ForwardNoise& p, const ForwardNoiseLoss& l
 void forward_noise_loss_bwd_cuda(const ForwardNoise& p, const ForwardNoiseLoss& l,
                                  const float* dloss, void* dmodel_out, void* stream);
 
-// y = conv3x3(x, w) + bias + add, stride 1, padding 1: NHWC float32, by Winograd's F(2x2, 3x3).
+struct bf16;  // cpu/isa.h
+
+// y = conv3x3(x, w) + bias + add, stride 1, padding 1: NHWC, by Winograd's F(2x2, 3x3). E is float
+// or bf16.
+template <class E>
 struct Conv2dWinograd {
   int64_t N, C, H, W, K;  // batch, channels of x and x2, rows and columns of y, channels of y
-  bool upsample;   // x is (H / 2, W / 2): each pixel stands for 2x2 of the convolution's input
-  const float* x;  // (N, H, W, C - C2)
-  const float* x2 = nullptr;    // (N, H, W, C2): the last channels
-  int64_t C2 = 0;               // C % 16 == C2 % 16 == 0
-  const float* weight;          // (K / 16, 16, C, 16), K % 32 == 0: G w G^T of 16 channels of y
+  bool upsample;  // x is (H / 2, W / 2): each pixel stands for 2x2 of the convolution's input
+  const E* x;     // (N, H, W, C - C2)
+  const E* x2 = nullptr;        // (N, H, W, C2): the last channels
+  int64_t C2 = 0;               // C % 16 == C2 % 16 == 0; of bf16 32
+  const E* weight;              // K % 32 == 0: G w G^T of 16 channels of y, as float
+                                // (K / 16, 16, C, 16), as bf16 (K / 16, 16, C / 2, 16, 2)
   const float* bias = nullptr;  // (K,)
-  const float* add = nullptr;   // (N, H, W, K)
-  float* y;                     // (N, H, W, K)
+  const E* add = nullptr;       // (N, H, W, K)
+  E* y;                         // (N, H, W, K)
 };
 
 // Its packed weight of w (K, C, 3, 3): element (k, c, tap) lies at k * k_stride + c * c_stride +
@@ -299,7 +304,10 @@ struct Conv2dWinograd {
 void conv2d_winograd_weight_cpu(const float* w, int64_t K, int64_t C, int64_t k_stride,
                                 int64_t c_stride, int64_t tap_stride, bool flip, float* packed,
                                 const ParallelFor& parallel_for);
-void conv2d_winograd_fwd_cpu(const Conv2dWinograd& p, const ParallelFor& parallel_for);
+void conv2d_winograd_fwd_cpu(const Conv2dWinograd<float>& p, const ParallelFor& parallel_for);
+// Where the CPU has AVX512_BF16 alone.
+bool conv2d_winograd_bf16_available();
+void conv2d_winograd_fwd_cpu(const Conv2dWinograd<bf16>& p, const ParallelFor& parallel_for);
 
 // Gradients of w and bias: C % 16 == 0, K % 32 == 0, no size 0.
 struct Conv2dWinogradGrads {

@@ -152,7 +152,8 @@ def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _convolution(layer: Conv2d, dtype: torch.dtype) -> tuple[type, type | None]:
     """What takes its place, and what takes the place of nearest ×2 and it."""
-    if dtype == torch.float32 == layer.weight.dtype and winograd.serves(layer):
+    exact = dtype == torch.bfloat16 or layer.weight.dtype == torch.float32
+    if exact and winograd.serves(layer, dtype):
         return _WinogradConv2d, _WinogradUpsample
     if dtype == torch.bfloat16 and amx.available() and amx.serves(layer):
         return _AmxConv2d, _AmxUpsample
@@ -278,19 +279,22 @@ class _AmxUpsample(_AmxConv2d):
 
 
 class _WinogradConv2d(_PackedConv2d):
-    """3×3 in float32, where the products bound it: 16 where the convolution has 36."""
+    """3×3 where the products bound it: 16 where the convolution has 36."""
 
     transformed = None
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor], add: Tensor | None = None) -> Tensor:
         parts = x if isinstance(x, tuple) else (x,)
-        if not winograd.takes(*parts, *(() if add is None else (add,))):
+        if not winograd.takes(*parts, add, dtype=self.dtype):
             return super().forward(x, add)
-        return winograd.conv2d(x, self.weights(), self.bias(), add)
+        return winograd.conv2d(x, *self.weights(), add)
 
-    def weights(self) -> Tensor:
+    def weights(self) -> tuple[Tensor, Tensor | None]:
         if self.transformed is None:
-            self.transformed = winograd.packed(self.layer[0].weight)
+            layer = self.layer[0]
+            pack = winograd.packed if self.dtype == torch.float32 else winograd.packed_bf16
+            bias = None if layer.bias is None else layer.bias.detach().float()
+            self.transformed = pack(layer.weight), bias
         return self.transformed
 
 
@@ -298,9 +302,9 @@ class _WinogradUpsample(_WinogradConv2d):
     """Nearest ×2 and such a convolution: 9 products, and the large image is not made."""
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        if not winograd.takes(x):
+        if not winograd.takes(x, dtype=self.dtype):
             return super().forward(upsample_nearest(x))
-        return winograd.conv2d(x, self.weights(), self.bias(), upsample=True)
+        return winograd.conv2d(x, *self.weights(), upsample=True)
 
 
 class _Norm(nn.Module):

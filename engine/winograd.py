@@ -1,10 +1,14 @@
-"""3×3 convolutions in float32 by Winograd's F(2×2, 3×3), on the CPU.
+"""3×3 convolutions by Winograd's F(2×2, 3×3), on the CPU: float32, and bfloat16 for inference.
 
 y = Aᵀ [Σ_c (G w Gᵀ) ⊙ (Bᵀ d B)] A for every 2×2 pixels of y (Lavin & Gray 2016, eq. 8–11): 16
 products a channel where the sum has 36, and 9 after nearest ×2 upsampling, of which the kernel
 (csrc/cpu/conv2d_winograd.cpp) reads the small image. Float32 throughout; with fewer terms a sum it
-is closer to the exact result than the direct convolution of oneDNN. bfloat16 is not served: AMX has
-the products done before the transforms would be.
+is closer to the exact result than the direct convolution of oneDNN.
+
+bfloat16 is served where the CPU has AVX512_BF16 and no AMX, which has the products done before the
+transforms would be. Bᵀ d B, added in float32, and G w Gᵀ are rounded to bfloat16, their products
+summed in float32: a layer's error is 1.9 times that of oneDNN's bfloat16, 0.0043 of the norm for
+0.0023; the whole small U-Net's is the same (benchmarks/bench_unet.py).
 """
 
 from __future__ import annotations
@@ -17,30 +21,40 @@ from . import dispatch
 OP = "conv2d_winograd"
 SETS = ("AVX2", "AVX512")  # where it was measured against oneDNN; both heed ATEN_CPU_CAPABILITY
 
+# What the channels of x, and of each of a pair, are multiples of.
+CHANNELS = {torch.float32: 16, torch.bfloat16: 32}
+
 # Below, oneDNN computes dw faster: 16 C K sums are written and read, however few their terms.
 MIN_TILES = 24
 
 
-def serves(layer: nn.Conv2d) -> bool:
-    """Whether the kernel computes this layer's convolution, as far as it does not depend on x."""
+def serves(layer: nn.Conv2d, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the kernel computes this layer's convolution in this dtype, as far as it does not
+    depend on x."""
     geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation
     return (
         geometry == ((3, 3), (1, 1), (1, 1), (1, 1))
         and layer.groups == 1
         and layer.padding_mode == "zeros"
-        and layer.in_channels % 16 == 0
+        and layer.in_channels % CHANNELS.get(dtype, layer.in_channels + 1) == 0
         and layer.out_channels % 32 == 0
         and torch.backends.cpu.get_cpu_capability() in SETS
         and dispatch.requested("auto") in ("auto", "native")
         and not dispatch.absence(OP, "native")
+        and (dtype == torch.float32 or _bf16_available())
     )
 
 
-def takes(*images: Tensor | None) -> bool:
+def _bf16_available() -> bool:
+    native = dispatch.module(OP, "native")
+    return native.conv2d_winograd_bf16_available() and not native.amx_available()
+
+
+def takes(*images: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
     """Whether the kernel reads these, x or a residual, as they lie."""
     return all(
-        t.dtype == torch.float32
-        and t.shape[1] % 16 == 0
+        t.dtype == dtype
+        and t.shape[1] % CHANNELS[dtype] == 0
         and t.is_contiguous(memory_format=torch.channels_last)
         for t in images
         if t is not None
@@ -59,9 +73,18 @@ def packed(weight: Tensor, transposed: bool = False) -> Tensor:
     return dispatch.function(OP, "weight", "native")(weight.detach(), transposed)
 
 
+def packed_bf16(weight: Tensor) -> Tensor:
+    """(K, C, 3, 3) → (K / 16, 16, C / 2, 16, 2): the same in bfloat16, in pairs of channels. Of 32
+    channels the kernel has the even ones first: the pairs are (0, 2), (4, 6), … (1, 3), (5, 7) …"""
+    entries = packed(weight.float())
+    blocks, channels = entries.shape[0], entries.shape[2]
+    pairs = entries.view(blocks, 16, channels // 32, 8, 2, 2, 16).permute(0, 1, 2, 5, 3, 6, 4)
+    return pairs.reshape(blocks, 16, channels // 2, 16, 2).to(torch.bfloat16)
+
+
 def conv2d(
     x: Tensor | tuple[Tensor, Tensor],  # (N, C, H, W) channels_last; a pair: C₁ + C₂ = C
-    weight: Tensor,  # packed
+    weight: Tensor,  # packed, or of bfloat16 x packed_bf16
     bias: Tensor | None = None,  # (K,) float32
     add: Tensor | None = None,  # like the result
     *,

@@ -326,12 +326,17 @@ def reverse_step_threshold_fwd(
 def conv2d_winograd_fwd(
     x: Tensor,  # (N, C - C2, H, W) float32, channels_last, like x2 and add; on the CPU
     x2: Tensor | None,  # (N, C2, H, W)
-    weight: Tensor,  # (K / 16, 16, C, 16) float32: engine/winograd.py packs it
+    weight: Tensor,  # engine/winograd.py packs it
     bias: Tensor | None,  # (K,) float32
     add: Tensor | None,  # like the result
     upsample: bool,
 ) -> Tensor:  # (N, K, H, W), of 2 H and 2 W with upsample
     return torch.ops.engine.conv2d_winograd_fwd.default(x, x2, weight, bias, add, upsample)
+
+
+def conv2d_winograd_bf16_available() -> bool:
+    """Whether the library is there, and the CPU has AVX512_BF16."""
+    return _REASON is None and torch.ops.engine.conv2d_winograd_bf16_available()
 
 
 def conv2d_winograd_weight(

@@ -306,7 +306,7 @@ py::array conv2d_winograd_fwd(py::array_t<float> x, std::optional<py::array_t<fl
                               int threads) {
   const int64_t times = upsample ? 2 : 1, size = sizeof(float);
   const int k = transposed ? 1 : 0, c = 1 - k;
-  engine::Conv2dWinograd p;
+  engine::Conv2dWinograd<float> p;
   p.N = x.shape(0), p.H = times * x.shape(1), p.W = times * x.shape(2);
   p.K = w.shape(k), p.C = w.shape(c), p.C2 = x2 ? x2->shape(3) : 0;
   p.upsample = upsample;

@@ -12,10 +12,10 @@
 // scratch as 16 matrices (tiles, C) that stay in L2; then, for each 16 or 32 channels of y, 16
 // products (tiles, C) x (C, channels), whose weights are read once a unit, and A^T . A with bias
 // and residual, straight to y.
-// Parallel: over units. A number of y is summed in one order whatever the unit: threads and batch
-// change no bit.
-// Bound: the products, 32 flop per channel pair and tile, at 2 vectors of FMA a cycle; memory sees
-// x about once, y and add once, the weights (64 bytes per pair of channels) once a unit from L2/L3.
+// Parallel: over units; where there is one alone, over the channels of y. A number of y is summed
+// in one order whatever the unit: threads and batch change no bit. Bound: the products, 32 flop per
+// channel pair and tile, at 2 vectors of FMA a cycle; memory sees x about once, y and add once, the
+// weights (64 bytes per pair of channels) once a unit from L2/L3.
 #include "conv2d_winograd.h"
 
 #include <memory>
@@ -40,30 +40,15 @@ float* winograd_scratch(int64_t floats) {
 void conv2d_winograd_weight_cpu(const float* w, int64_t K, int64_t C, int64_t k_stride,
                                 int64_t c_stride, int64_t tap_stride, bool flip, float* packed,
                                 const ParallelFor& parallel_for) {
-  const WinogradLoops& loops = ENGINE_PICK(winograd_loops)();
+  const WinogradLoops<float>& loops = ENGINE_PICK(winograd_loops)();
   const WinogradFilters filters{w, C, k_stride, c_stride, tap_stride, flip};
   parallel_for(K / 16, grain_of(16 * 16 * C), [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) loops.filters(filters, k * 16, packed + k * 256 * C);
   });
 }
 
-void conv2d_winograd_fwd_cpu(const Conv2dWinograd& p, const ParallelFor& parallel_for) {
-  const WinogradLoops& loops = ENGINE_PICK(winograd_loops)();
-  const int64_t tiles = winograd_tiles(p);
-  // An even number of units, so that two threads end together.
-  const int64_t units = (tiles + 2 * kWinogradTiles - 1) / (2 * kWinogradTiles) * 2;
-  const int64_t even = (tiles + units - 1) / units;
-  const int64_t unit = (even + loops.rows - 1) / loops.rows * loops.rows;
-  const int64_t v = 16 * winograd_pitch(unit, p.C);
-  const int64_t m = 16 * winograd_pitch(unit, loops.columns);
-  const auto run = p.upsample ? loops.tiles_upsampled : loops.tiles;
-  parallel_for((tiles + unit - 1) / unit, 1, [&](int64_t begin, int64_t end) {
-    float* s = winograd_scratch(v + m);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * unit, left = tiles - first;
-      run(p, first, left < unit ? left : unit, s, s + v);
-    }
-  });
+void conv2d_winograd_fwd_cpu(const Conv2dWinograd<float>& p, const ParallelFor& parallel_for) {
+  winograd_fwd(ENGINE_PICK(winograd_loops)(), p, parallel_for);
 }
 
 }  // namespace engine

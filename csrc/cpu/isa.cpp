@@ -63,6 +63,20 @@ bool amx_allowed() {
   return here && limit.load(std::memory_order_relaxed) >= kAmx;
 }
 
+static bool detect_bf16_dots() {
+#if defined(ENGINE_X86) && defined(__linux__)
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 5) != 0;
+#else
+  return false;
+#endif
+}
+
+bool bf16_dots_allowed() {
+  static const bool here = detect_bf16_dots();
+  return here && isa_level() == kAvx512;
+}
+
 void limit_isa_level(int level) { limit.store(level); }
 
 }  // namespace engine

@@ -43,6 +43,10 @@ void limit_isa_level(int level);
 // for a level below kAmx.
 bool amx_allowed();
 
+// kAvx512, and this machine has AVX512_BF16: sums of products of bfloat16 pairs (Cooper Lake, Zen 4
+// and later).
+bool bf16_dots_allowed();
+
 // parallel_for with a bound on the work per thread: `cost` elements of work per item.
 inline int64_t grain_of(int64_t cost) { return cost >= 16384 ? 1 : 16384 / (cost > 0 ? cost : 1); }
 
