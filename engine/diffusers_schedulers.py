@@ -149,6 +149,10 @@ class EngineDDIMScheduler(Fused, DDIMScheduler):
     (Song et al. 2021, eq. 12.) ε is that of the bounded x0 with use_clipped_model_output, or where
     nothing bounds it: then all is linear in x0, x and z; else ε comes from model_output, which the
     launch takes as its fourth operand. Tensors as in EngineDDPMScheduler.
+
+    From ᾱ = 0 with eta = 1, σ² = 1−ᾱ' and ε has no part. In float32 their difference can be −6e-8,
+    by the last bit of ᾱ': for 10 or 250 trailing steps of rescale_betas_zero_snr on an AMD EPYC.
+    The original then returns NaN (diffusers' issue 5969); here ε has no part.
     """
 
     set_timesteps = host_first(DDIMScheduler.set_timesteps)
@@ -210,7 +214,10 @@ class EngineDDIMScheduler(Fused, DDIMScheduler):
         columns = _x0_columns(self.config.prediction_type, alpha_bar, beta_bar)
         variance = ((1 - alpha_bar_prev) / beta_bar) * (1 - alpha_bar / alpha_bar_prev)
         std = eta * variance**0.5
-        direction = ((1 - alpha_bar_prev - std**2) ** 0.5).double()  # what multiplies ε
+        left = 1 - alpha_bar_prev - std**2
+        if abs(eta) <= 1:  # below zero by rounding alone
+            left = left.clamp(min=0)
+        direction = (left**0.5).double()  # what multiplies ε
         root, alpha, sigma = (v.double() ** 0.5 for v in (alpha_bar_prev, alpha_bar, beta_bar))
         columns["s"] = std if eta > 0 else torch.zeros_like(std)
         prediction = self.config.prediction_type

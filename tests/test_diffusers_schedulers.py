@@ -103,6 +103,17 @@ def test_ddpm_steps(monkeypatch, given_noise):
         check(monkeypatch, original, mine, 999, x, out, prediction)
 
 
+def set_last_bit(original, mine, bit: int) -> float:
+    """→ ᾱ' of the first of ten trailing steps, near what it is with ᾱ = 0 at their start.
+
+    On one CPU it is even, on another odd; if odd, 1 − ᾱ' is less than its root's square.
+    """
+    alpha_bar = (1780 + bit) * 2.0**-24
+    for scheduler in (original, mine):
+        scheduler.alphas_cumprod[899] = alpha_bar
+    return alpha_bar
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_ddim(prediction, eta, monkeypatch, given_noise):
@@ -113,6 +124,8 @@ def test_ddim(prediction, eta, monkeypatch, given_noise):
         more += (dict(rescale_betas_zero_snr=True, timestep_spacing="trailing"),)
     for options, clipped in itertools.product(({}, *BOUNDS, *more), (False, True)):
         original, mine = pair("DDIM", prediction_type=prediction, **options)
+        if "rescale_betas_zero_snr" in options:
+            set_last_bit(original, mine, 0)
         for t in (original.timesteps[0], original.timesteps[5], int(original.timesteps[-1])):
             case = (options, clipped, t)
             step = dict(eta=eta, use_clipped_model_output=clipped)
@@ -121,6 +134,30 @@ def test_ddim(prediction, eta, monkeypatch, given_noise):
         noise = torch.randn(SHAPE, generator=seeded())
         original, mine = pair("DDIM")
         check(monkeypatch, original, mine, 500, x, out, "noise", eta=eta, variance_noise=noise)
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+def test_ddim_from_noise_alone(prediction, clipped, monkeypatch, given_noise):
+    """At ᾱ = 0 and η = 1, x' = √ᾱ' x0 + √(1−ᾱ') z, also where the original's root is NaN."""
+    x, out, z = tensors()
+    given_noise(z)
+    zero = dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    original, mine = pair("DDIM", prediction_type=prediction, **zero)
+    x0 = (out if prediction == "sample" else -out).clamp(-1, 1)
+    step = dict(use_clipped_model_output=clipped, return_dict=False)
+    for bit in (0, 1):
+        alpha_bar = set_last_bit(original, mine, bit)
+        theirs = original.step(out, 999, x, eta=1.0, **step)[0]
+        assert theirs.isnan().all() if bit else theirs.isfinite().all()
+        with originals(monkeypatch, allowed=False):
+            found = mine.step(out, 999, x, eta=1.0, **step)
+        truth = alpha_bar**0.5 * x0.double() + (1 - alpha_bar) ** 0.5 * z.double()
+        plain = alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * z
+        assert_within_budget(found[0], truth, plain, factor=FORWARD, what=f"x, bit {bit}")
+        assert torch.equal(found[1], x0)
+    with originals(monkeypatch, allowed=True) as calls:  # η > 1: below zero for good
+        assert mine.step(out, 999, x, eta=1.5, **step)[0].isnan().all() and len(calls) == 1
 
 
 SOLVERS = (

@@ -210,9 +210,13 @@ def test_embeddings_of_two_widths():
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 @pytest.mark.parametrize("options", [{}, {"guidance": 2.0}], ids=["plain", "guided"])
 def test_sampling_takes_the_twin(monkeypatch, precision, options):
-    """The images are those of the plain model up to rounding; training=True afterwards is kept."""
+    """The images are those of the plain model up to rounding; training=True afterwards is kept.
+
+    Over 80 networks in bfloat16: rounding moves the mean by up to 0.026, other weights by 0.30 up.
+    """
     from engine import prepacked as module
 
+    torch.manual_seed(0)
     model = unet(num_classes=5, label_dropout=0.5).train()
     process = engine.Diffusion(engine.schedules.betas("cosine", 50))
     made = []
@@ -232,8 +236,8 @@ def test_sampling_takes_the_twin(monkeypatch, precision, options):
     near = 1e-5 if precision == "fp32" else 0.03
     assert (found - plain).abs().mean() < near  # the mean: an untrained network swings pixels
     with torch.no_grad():
-        model.conv_in.weight.mul_(1.5)  # trained on: the next samples are of the new weights
-    assert (draw() - found).abs().mean() > near
+        model.conv_in.weight.mul_(-2)  # trained on: the next samples are of the new weights
+    assert (draw() - found).abs().mean() > 0.1
 
 
 def test_auto_leaves_what_it_cannot_serve():

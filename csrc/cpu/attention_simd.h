@@ -24,8 +24,7 @@ ENGINE_INLINE void tile(int64_t K, const float* A, int64_t lda, const float* B, 
   for (int m = 0; m < M; ++m) {
     ENGINE_UNROLL
     for (int v = 0; v < NV; ++v) {
-      if constexpr (INTO == Into::zero) acc[m][v] = F{};
-      if constexpr (INTO == Into::add) acc[m][v] = load(C + m * ldc + v * W);
+      if constexpr (INTO != Into::scaled) acc[m][v] = F{};
       if constexpr (INTO == Into::scaled) {
         acc[m][v] = load(C + m * ldc + v * W) * load(factor + v * W);
       }
@@ -54,7 +53,11 @@ ENGINE_INLINE void tile(int64_t K, const float* A, int64_t lda, const float* B, 
   ENGINE_UNROLL
   for (int m = 0; m < M; ++m) {
     ENGINE_UNROLL
-    for (int v = 0; v < NV; ++v) store(C + m * ldc + v * W, acc[m][v]);
+    for (int v = 0; v < NV; ++v) {
+      // Added at the end: a sum of parts, each of few terms.
+      if constexpr (INTO == Into::add) acc[m][v] += load(C + m * ldc + v * W);
+      store(C + m * ldc + v * W, acc[m][v]);
+    }
   }
 }
 
@@ -67,15 +70,26 @@ ENGINE_INLINE void tiles(int64_t& M, int64_t K, const float*& A, int64_t lda, co
   }
 }
 
+// Terms of a product that one sum takes: an error grows by the root of their number. Of 512 in one
+// sum it is 1.65 times that of MKL's sums of 192 (AMD EPYC), of four times 128 0.85 times.
+constexpr int64_t kTerms = 128;
+
 // C (M, NV * W) from A (M, K) and B (K, NV * W).
 template <int NV, bool ALONG, Into INTO>
 void product(int64_t M, int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb,
              float* C, int64_t ldc, const float* factor = nullptr) {
-  tiles<kTileRows, NV, ALONG, INTO>(M, K, A, lda, B, ldb, C, ldc, factor);
-  if constexpr (kTileRows > 8) tiles<8, NV, ALONG, INTO>(M, K, A, lda, B, ldb, C, ldc, factor);
-  if constexpr (kTileRows > 4) tiles<4, NV, ALONG, INTO>(M, K, A, lda, B, ldb, C, ldc, factor);
-  tiles<2, NV, ALONG, INTO>(M, K, A, lda, B, ldb, C, ldc, factor);
-  tiles<1, NV, ALONG, INTO>(M, K, A, lda, B, ldb, C, ldc, factor);
+  const int64_t parts = K > kTerms * 3 / 2 ? (K + kTerms - 1) / kTerms : 1;
+  const int64_t now = (K + parts - 1) / parts;
+  const int64_t rest = K - now;
+  const float* A_rest = A + now * (ALONG ? 1 : lda);
+  const int64_t rows = M;
+  float* const to = C;
+  tiles<kTileRows, NV, ALONG, INTO>(M, now, A, lda, B, ldb, C, ldc, factor);
+  if constexpr (kTileRows > 8) tiles<8, NV, ALONG, INTO>(M, now, A, lda, B, ldb, C, ldc, factor);
+  if constexpr (kTileRows > 4) tiles<4, NV, ALONG, INTO>(M, now, A, lda, B, ldb, C, ldc, factor);
+  tiles<2, NV, ALONG, INTO>(M, now, A, lda, B, ldb, C, ldc, factor);
+  tiles<1, NV, ALONG, INTO>(M, now, A, lda, B, ldb, C, ldc, factor);
+  if (rest > 0) product<NV, ALONG, Into::add>(rows, rest, A_rest, lda, B + now * ldb, ldb, to, ldc);
 }
 
 // ---- e^x ----------------------------------------------------------------------------------------
