@@ -35,13 +35,15 @@ struct f16 {
 enum Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 // The best level of vectors of this machine, at most kAvx512, or the lower one that a test asked
-// for.
+// for (limit_isa_level, ../kernels.h).
 int isa_level();
-void limit_isa_level(int level);
 
 // kAvx512, and this machine has AMX tiles of bfloat16, the system grants them, and no test asked
 // for a level below kAmx.
 bool amx_allowed();
+
+// kAvx512, and this machine has vdpbf16ps.
+bool bf16_dots_allowed();
 
 // parallel_for with a bound on the work per thread: `cost` elements of work per item.
 inline int64_t grain_of(int64_t cost) { return cost >= 16384 ? 1 : 16384 / (cost > 0 ? cost : 1); }
