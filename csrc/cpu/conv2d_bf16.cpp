@@ -235,6 +235,11 @@ struct Worker {
     const char* w = static_cast<const char*>(c.p.weight) + panel * size;
     const int64_t all = rows_end - rows_begin, blocks = (all + most - 1) / most;
     int64_t places[kDotRowsOfOne];
+    const int64_t channel = panel * kTile;
+    const Result result = {
+        static_cast<uint16_t*>(c.p.out) + channel,
+        c.p.add == nullptr ? nullptr : static_cast<const uint16_t*>(c.p.add) + channel,
+        c.p.bias == nullptr ? nullptr : c.p.bias + channel, c.p.Co - channel};
     for (int64_t block = 0; block < blocks; ++block) {
       const Row *first = rows_begin + block * all / blocks,
                 *last = rows_begin + (block + 1) * all / blocks;
@@ -242,11 +247,7 @@ struct Worker {
         const int64_t line = row->from / kLine;
         places[row - first] = at[line / kTile] + line % kTile;
       }
-      dots(two, last - first, steps, steps + c.steps, places, w, size, first, stage);
-      for (int64_t i = panel; i < end; ++i) {
-        pending = {stage + (i - panel) * kGroup * kTileBytes, first, last, i * kTile};
-        finish(most);
-      }
+      dots(two, last - first, steps, steps + c.steps, places, w, size, first, result);
     }
   }
 

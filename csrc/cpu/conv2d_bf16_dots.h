@@ -31,45 +31,77 @@ namespace {
 
 constexpr int64_t kDotRows = 12, kDotRowsOfOne = 16;  // with two panels, with one
 
-// The first of P panels lies at w, the next `panel` bytes on, and so on at `to` its sums.
+// What is added to the sums, and where they go: from a channel on.
+struct Result {
+  uint16_t* out;
+  const uint16_t* add;  // null: nothing
+  const float* bias;
+  int64_t channels;  // that are left
+};
+
+ENGINE_INLINE __m512 widened(__m256i words) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+
+// The first of P panels lies at w, the next `panel` bytes on. `places`: of M rows in the sources.
 template <int P, int M>
 void dots(const Step* step, const Step* end, const int64_t* places, const char* w, int64_t panel,
-          const Row* rows, char* to) {
+          const Row* rows, const Result& result) {
   __m512 sums[P][M];
   ENGINE_UNROLL
   for (int m = 0; m < M; ++m) {
     sums[0][m] = _mm512_setzero_ps();
     if constexpr (P == 2) sums[1][m] = _mm512_setzero_ps();
   }
-  for (; step < end; ++step, w += kTileBytes) {
-    const char* from[M];
+  while (step < end) {
+    const int64_t pitch = step->pitch;  // there are few: one for each source at most
+    int64_t from[M];
     ENGINE_UNROLL
-    for (int m = 0; m < M; ++m) from[m] = step->base + places[m] * step->pitch;
-    const int64_t bytes = step->pairs * 4;
-    const char* row = w;
-    for (int64_t j = 0; j < bytes; j += 4, row += kLine) {
-      const __m512bh w0 = (__m512bh)_mm512_load_si512(row);
-      __m512bh w1 = w0;
-      if constexpr (P == 2) w1 = (__m512bh)_mm512_load_si512(row + panel);
-      ENGINE_UNROLL
-      for (int m = 0; m < M; ++m) {
-        int pair;
-        std::memcpy(&pair, from[m] + j, 4);
-        const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-        sums[0][m] = _mm512_dpbf16_ps(sums[0][m], x, w0);
-        if constexpr (P == 2) sums[1][m] = _mm512_dpbf16_ps(sums[1][m], x, w1);
+    for (int m = 0; m < M; ++m) from[m] = places[m] * pitch;
+    do {
+      const char *pair = step->base, *last = pair + step->pairs * 4, *row = w;
+      for (; pair < last; pair += 4, row += kLine) {
+        const __m512bh w0 = (__m512bh)_mm512_load_si512(row);
+        __m512bh w1 = w0;
+        if constexpr (P == 2) w1 = (__m512bh)_mm512_load_si512(row + panel);
+        ENGINE_UNROLL
+        for (int m = 0; m < M; ++m) {
+          int bits;
+          std::memcpy(&bits, pair + from[m], 4);
+          const __m512bh x = (__m512bh)_mm512_set1_epi32(bits);
+          sums[0][m] = _mm512_dpbf16_ps(sums[0][m], x, w0);
+          if constexpr (P == 2) sums[1][m] = _mm512_dpbf16_ps(sums[1][m], x, w1);
+        }
       }
+      w += kTileBytes;
+    } while (++step < end && step->pitch == pitch);
+  }
+  const __mmask32 mask =
+      words_mask(P == 2 ? result.channels : std::min<int64_t>(16, result.channels));
+  __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  if (result.bias != nullptr) {
+    bias[0] = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), result.bias);
+    if constexpr (P == 2) {
+      bias[1] = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), result.bias + 16);
     }
   }
   ENGINE_UNROLL
   for (int m = 0; m < M; ++m) {
-    _mm512_store_ps(to + rows[m].from, sums[0][m]);
-    if constexpr (P == 2) _mm512_store_ps(to + kGroup * kTileBytes + rows[m].from, sums[1][m]);
+    __m512 low = _mm512_add_ps(sums[0][m], bias[0]), high = bias[1];
+    if constexpr (P == 2) high = _mm512_add_ps(sums[1][m], bias[1]);
+    if (result.add != nullptr) {
+      const __m512i words = _mm512_maskz_loadu_epi16(mask, result.add + rows[m].at);
+      low = _mm512_add_ps(low, widened(_mm512_castsi512_si256(words)));
+      if constexpr (P == 2)
+        high = _mm512_add_ps(high, widened(_mm512_extracti64x4_epi64(words, 1)));
+    }
+    _mm512_mask_storeu_epi16(result.out + rows[m].at, mask,
+                             (__m512i)_mm512_cvtne2ps_pbh(high, low));
   }
 }
 
 using Dots = void (*)(const Step*, const Step*, const int64_t*, const char*, int64_t, const Row*,
-                      char*);
+                      const Result&);
 
 template <int P, int... M>
 constexpr std::array<Dots, sizeof...(M)> dots_of(std::integer_sequence<int, M...>) {
@@ -79,9 +111,9 @@ constexpr auto kDotsOfOne = dots_of<1>(std::make_integer_sequence<int, kDotRowsO
 constexpr auto kDotsOfTwo = dots_of<2>(std::make_integer_sequence<int, kDotRows>());
 
 inline void dots(bool two, int64_t count, const Step* step, const Step* end, const int64_t* places,
-                 const char* w, int64_t panel, const Row* rows, char* to) {
+                 const char* w, int64_t panel, const Row* rows, const Result& result) {
   const Dots run = two ? kDotsOfTwo[count - 1] : kDotsOfOne[count - 1];
-  run(step, end, places, w, panel, rows, to);
+  run(step, end, places, w, panel, rows, result);
 }
 
 }  // namespace
