@@ -1,9 +1,10 @@
 """Convolutions and projections in bfloat16 by our kernel (csrc/cpu/conv2d_bf16.cpp), for inference.
 
 On the CPU in bfloat16; prepacked.py takes it where `takes` and `projects` say so, and oneDNN
-elsewhere. Of few pictures it is the faster one by far (128 channels of 8×8: 29 against 59 µs, of
-which oneDNN's call takes 40 before it computes); of many, level (benchmarks/bench_conv2d_bf16.py).
-Those are its own too, as a step of oneDNN's convolutions cannot be recorded (program.py).
+elsewhere. Of few pictures it is the faster one by far (AMX, 128 channels of 8×8: 29 against 59 µs,
+of which oneDNN's call takes 40 before it computes); of many, level with AMX, and with AVX512_BF16
+2-10 % slower (benchmarks/bench_conv2d_bf16.py). Those are its own too, as a step of oneDNN's
+convolutions cannot be recorded (program.py).
 """
 
 from __future__ import annotations

@@ -191,6 +191,14 @@ def test_what_is_refused():
             run(*given)
 
 
+def test_lower_instructions_leave_it_out(form):
+    torch.ops.engine.limit_isa_level(1)
+    assert not native().conv2d_bf16_available() and not conv2d_bf16.available()
+    x, tiles = torch.randn(4, 32).to(BF16), native().pack_conv2d_bf16(torch.randn(16, 32))
+    with pytest.raises(RuntimeError, match="has neither AMX nor AVX512_BF16"):
+        native().linear_bf16_fwd(x, tiles, None, None, 16)
+
+
 def test_registered():
     """Schema and fake agree with the kernel."""
     x, pack = picture(2, 32, 6, 6), native().pack_conv2d_bf16

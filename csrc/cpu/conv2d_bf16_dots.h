@@ -1,10 +1,13 @@
 // The products of conv2d_bf16.cpp without tiles: vdpbf16ps adds to 16 channels of the result what a
 // pair of the source's channels gives, a row of a packed tile times a pair of one position.
-// Included there alone, under its target.
+// Included there alone. Without tiles to load whole, rows that are no position of the result, and
+// pairs that a source of few channels lacks, are not computed.
 //
 // Blocking: the sums of up to 12 positions x 2 panels stay in registers over all steps, for which a
 // pair takes 12 broadcast loads and 2 of weights: 14 for 24 products, of which a core of Zen 5 does
-// two a cycle, as it does loads. Weights stream from L2, 2 KB in 192 cycles.
+// two a cycle, as it does loads. Weights stream from L2, 2 KB in 192 cycles. Measured on one core:
+// 440-480 GFLOP/s from 4 steps of 32 channels on, of 467 at 3.65 GHz. Unrolling gains nothing.
+// Rounded and stored from registers: 388 against 301 GFLOP/s, 8,192 rows of 128 channels to 384.
 #pragma once
 
 #include <immintrin.h>
@@ -54,7 +57,7 @@ void dots(const Step* step, const Step* end, const int64_t* places, const char* 
     if constexpr (P == 2) sums[1][m] = _mm512_setzero_ps();
   }
   while (step < end) {
-    const int64_t pitch = step->pitch;  // there are few: one for each source at most
+    const int64_t pitch = step->pitch;  // one for each source at most
     int64_t from[M];
     ENGINE_UNROLL
     for (int m = 0; m < M; ++m) from[m] = places[m] * pitch;
@@ -92,8 +95,9 @@ void dots(const Step* step, const Step* end, const int64_t* places, const char* 
     if (result.add != nullptr) {
       const __m512i words = _mm512_maskz_loadu_epi16(mask, result.add + rows[m].at);
       low = _mm512_add_ps(low, widened(_mm512_castsi512_si256(words)));
-      if constexpr (P == 2)
+      if constexpr (P == 2) {
         high = _mm512_add_ps(high, widened(_mm512_extracti64x4_epi64(words, 1)));
+      }
     }
     _mm512_mask_storeu_epi16(result.out + rows[m].at, mask,
                              (__m512i)_mm512_cvtne2ps_pbh(high, low));
