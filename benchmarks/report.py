@@ -24,8 +24,10 @@ HEADLINE = (
     "bench_attention_forward[32x16x256x8-bf16]",
     "bench_attention_forward[32x2x256x64-fp32]",
     "bench_attention_backward[32x16x256x8-bf16]",
-    "bench_conv2d_amx_3x3[1x128x128x8]",
+    "bench_conv2d_amx_3x3[1x128x128x8]",  # as older files name bench_conv2d_bf16
     "bench_conv2d_amx_3x3[32x128x128x16]",
+    "bench_conv2d_bf16_3x3[1x128x128x8]",
+    "bench_conv2d_bf16_3x3[32x128x128x16]",
     "bench_conv2d_winograd_forward[32x128x128x16-avx2]",
     "bench_conv2d_winograd_training[32x128x128x16-avx2]",
     "bench_reverse_step[64x1x28x28]",

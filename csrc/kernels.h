@@ -323,34 +323,37 @@ void conv2d_winograd_bwd_weight_cpu(const Conv2dWinogradGrads& p, float* workspa
                                     const ParallelFor& parallel_for);
 
 // out[n, y, x] = sum over sources, taps (i, j) of W[i, j] source[n, s y + i - p, s x + j - p]
-//                + bias + add, in bfloat16 by AMX, where conv2d_amx_available.
+//                + bias + add, in bfloat16, where conv2d_bf16_level is not 0.
 struct Conv2dSource {
   const void* data;  // (N, H, W, C) bfloat16
   int64_t C;
   bool taps;  // 3 x 3 of a picture of Hi x Wi pixels; else 1 x 1 of one of H x W
 };
-struct Conv2dAmx {
+struct Conv2dBf16 {
   int64_t N, H, W, Co;      // of the result; all > 0
   int64_t Hi, Wi;           // of the pictures in memory
   int64_t stride, padding;  // of 3 x 3: 1 and 1, 2 and 1, or 2 and 0
   bool upsample;            // each pixel is read as 2 x 2; stride 1
   Conv2dSource sources[4];
   int count;
-  const void* weight;  // (Co / 16, steps, 16, 16, 2), kernels/conv2d_amx.py
+  const void* weight;  // (Co / 16, steps, 16, 16, 2), kernels/conv2d_bf16.py
   const float* bias;   // (Co,), like add and out; null, like add: none
   const void* add;     // (N, H, W, Co) bfloat16
   void* out;           // (N, H, W, Co) bfloat16
 };
 // Tiles of weights for 16 channels of the result.
-inline int64_t conv2d_amx_steps(const Conv2dAmx& p) {
+inline int64_t conv2d_bf16_steps(const Conv2dBf16& p) {
   int64_t steps = 0;
   for (int i = 0; i < p.count; ++i) {
     steps += (p.sources[i].C + 31) / 32 * (p.sources[i].taps ? 9 : 1);
   }
   return steps;
 }
-bool conv2d_amx_available();
-void conv2d_amx_fwd_cpu(const Conv2dAmx& p, const ParallelFor& parallel_for);
+// Whose instructions it takes: 3 AMX's, 2 AVX512_BF16's, 0: there are neither.
+int conv2d_bf16_level();
+// The best instructions that the CPU's kernels may take: cpu/isa.h. For tests.
+void limit_isa_level(int level);
+void conv2d_bf16_fwd_cpu(const Conv2dBf16& p, const ParallelFor& parallel_for);
 
 // AdamW (Loshchilov & Hutter 2019, alg. 2) on tensors that lie in memory alike, walked as n floats:
 //   g = grad * grad_scale, w = weight * (1 - lr * weight_decay), k the step's number from 1

@@ -74,8 +74,6 @@ Tensor conv2d_winograd_fwd(const Tensor& x, const OptionalTensor& x2, const Tens
              : fwd<float>(x, x2, weight, bias, add, upsample);
 }
 
-bool conv2d_winograd_bf16_available() { return engine::conv2d_winograd_bf16_available(); }
-
 Tensor conv2d_winograd_weight(const Tensor& weight, bool transposed) {
   const auto sizes = weight.sizes(), strides = weight.strides();
   STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Float &&
@@ -125,7 +123,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ENGINE_NS, m) {
   m.def(
       "conv2d_winograd_bwd_weight(Tensor dy, Tensor x, bool channels_last, bool bias) -> (Tensor "
       "dweight, Tensor dbias)");
-  m.def("conv2d_winograd_bf16_available() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CPU, m) {
@@ -133,10 +130,5 @@ STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CPU, m) {
   m.impl("conv2d_winograd_weight", TORCH_BOX(&conv2d_winograd_weight));
   m.impl("conv2d_winograd_bwd_weight", TORCH_BOX(&conv2d_winograd_bwd_weight));
 }
-
-STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CompositeExplicitAutograd, m) {
-  m.impl("conv2d_winograd_bf16_available", TORCH_BOX(&conv2d_winograd_bf16_available));
-}
-
 }  // namespace engine::ops
 #endif

@@ -5,11 +5,11 @@ once, not at every call.
 convolutions and the projections. Those hold their weights in `dtype`, in the blocks that oneDNN's
 kernels read (at batch 1 a call that had to reorder them took 150-210 µs where it now takes 100),
 and take a residual as the kernel's last operation, where eager reads and writes the image again. In
-bfloat16, on a chip with AMX, a kernel of our own takes oneDNN's place (amx.py), whose call takes
-longer than the products of a small image; a pair is then not concatenated, nor an image enlarged
-before its convolution. In float32 3×3 convolutions are Winograd's (winograd.py). Norms go to their
-kernel without the checks of the front door. The model itself stays as it is: it may be trained,
-copied or sampled by another thread meanwhile.
+bfloat16, on a chip with AMX or AVX512_BF16, a kernel of our own takes oneDNN's place
+(conv2d_bf16.py), whose call takes longer than the products of a small image; a pair is
+then not concatenated, nor an image enlarged before its convolution. In float32 3×3 convolutions are
+Winograd's (winograd.py). Norms go to their kernel without the checks of the front door. The model
+itself stays as it is: it may be trained, copied or sampled by another thread meanwhile.
 CPU and inference only. A twin is of the model as it was: its convolutions and projections keep the
 weights of the moment when it was made or first ran, while norms and embeddings are the model's own.
 """
@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import amx, dispatch, winograd
+from . import conv2d_bf16, dispatch, winograd
 from .blocks import (
     AttentionBlock,
     Conv2d,
@@ -88,7 +88,7 @@ def _casts_by_itself(twin: nn.Module) -> bool:
     ours = (UNet, TimeEmbedding, Level, ResBlock, AttentionBlock, Downsample, Upsample)
     ours += (GroupNormSiLU, nn.Embedding, nn.ModuleList, nn.Identity, nn.Dropout)
     ours += (_PackedConv2d, _PackedLinear, Product, Slice, _Norm)
-    ours += (_AmxConv2d, _AmxLinear, _AmxUpsample, _WinogradConv2d, _WinogradUpsample)
+    ours += (_Bf16Conv2d, _Bf16Linear, _Bf16Upsample, _WinogradConv2d, _WinogradUpsample)
     return all(type(m) in ours and not _changed(m) and not _patched(m) for m in twin.modules())
 
 
@@ -127,11 +127,11 @@ def _is(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A shallow copy of the tree: the same tensors under new modules."""
-    by_amx = dtype == torch.bfloat16 and amx.available()
+    by_kernel = dtype == torch.bfloat16 and conv2d_bf16.available()
     if _is(module, Conv2d) and module.padding_mode == "zeros":
         return _convolution(module, dtype)[0](module, dtype)
     if _is(module, Linear):
-        return (_AmxLinear if by_amx else _PackedLinear)(module, dtype)
+        return (_Bf16Linear if by_kernel else _PackedLinear)(module, dtype)
     if _is(module, GroupNormSiLU):
         return _Norm(module)
     if _is(module, Upsample) and _is(module.conv, Conv2d):
@@ -155,8 +155,8 @@ def _convolution(layer: Conv2d, dtype: torch.dtype) -> tuple[type, type | None]:
     exact = dtype == torch.bfloat16 or layer.weight.dtype == torch.float32
     if exact and winograd.serves(layer, dtype):
         return _WinogradConv2d, _WinogradUpsample
-    if dtype == torch.bfloat16 and amx.available() and amx.serves(layer):
-        return _AmxConv2d, _AmxUpsample
+    if dtype == torch.bfloat16 and conv2d_bf16.available() and conv2d_bf16.serves(layer):
+        return _Bf16Conv2d, _Bf16Upsample
     return _PackedConv2d, None
 
 
@@ -240,46 +240,47 @@ class _PackedLinear(_Packed):
         return torch.ops.mkldnn._reorder_linear_weight(weight, rows), self.bias()
 
 
-class _AmxConv2d(_PackedConv2d):
+class _Bf16Conv2d(_PackedConv2d):
     """By our own kernel where the pictures lie as it reads them; else by oneDNN."""
 
     tiles = None
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor], add: Tensor | None = None) -> Tensor:
         x, x2 = x if isinstance(x, tuple) else (x, None)
-        if not amx.takes(x, x2, add):
+        if not conv2d_bf16.takes(x, x2, add):
             return super().forward(x if x2 is None else (x, x2), add)
         if self.tiles is None:
-            self.tiles = amx.Tiles(self.layer[0])
+            self.tiles = conv2d_bf16.Tiles(self.layer[0])
         return self.tiles(x, x2, add)
 
 
-class _AmxLinear(_PackedLinear):
+class _Bf16Linear(_PackedLinear):
     """The same for a projection."""
 
     tiles = None
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        if not amx.projects(x, add):
+        if not conv2d_bf16.projects(x, add):
             return super().forward(x, add)
         if self.tiles is None:
-            self.tiles = amx.Tiles(self.layer[0])
+            self.tiles = conv2d_bf16.Tiles(self.layer[0])
         return self.tiles.project(x, add)
 
 
-class _AmxUpsample(_AmxConv2d):
+class _Bf16Upsample(_Bf16Conv2d):
     """Nearest ×2 and a 3×3 convolution, which reads the small image as if it were the large one."""
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        if not amx.takes(x):
+        if not conv2d_bf16.takes(x):
             return super().forward(upsample_nearest(x))
         if self.tiles is None:
-            self.tiles = amx.Tiles(self.layer[0])
+            self.tiles = conv2d_bf16.Tiles(self.layer[0])
         return self.tiles(x, upsample=True)
 
 
-class _WinogradConv2d(_PackedConv2d):
-    """3×3 where the products bound it: 16 where the convolution has 36."""
+class _WinogradConv2d(_Bf16Conv2d):
+    """3×3 where the products bound it: 16 where the convolution has 36. What it cannot read is the
+    direct convolutions', ours in bfloat16."""
 
     transformed = None
 

@@ -41,13 +41,13 @@ def serves(layer: nn.Conv2d, dtype: torch.dtype = torch.float32) -> bool:
         and torch.backends.cpu.get_cpu_capability() in SETS
         and dispatch.requested("auto") in ("auto", "native")
         and not dispatch.absence(OP, "native")
-        and (dtype == torch.float32 or _bf16_available())
+        and (dtype == torch.float32 or _without_amx())
     )
 
 
-def _bf16_available() -> bool:
-    native = dispatch.module(OP, "native")
-    return native.conv2d_winograd_bf16_available() and not native.amx_available()
+def _without_amx() -> bool:
+    """Whether bfloat16 is the business of AVX512_BF16 here."""
+    return dispatch.module(OP, "native").conv2d_bf16_level() == 2
 
 
 def takes(*images: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:

@@ -251,7 +251,7 @@ def _conv2d_winograd_weight(weight, transposed):
     return weight.new_empty((k // 16, 16, c, 16))
 
 
-def _conv2d_amx_fwd(
+def _conv2d_bf16_fwd(
     x, x2, x3, x4, weight, bias, add, out_channels, kernel, stride, padding, upsample
 ):
     def length(n):
@@ -261,7 +261,7 @@ def _conv2d_amx_fwd(
     return x.new_empty(shape).permute(0, 3, 1, 2)
 
 
-def _linear_amx_fwd(x, weight, bias, add, out_features):
+def _linear_bf16_fwd(x, weight, bias, add, out_features):
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -298,8 +298,8 @@ FAKES = {
     "forward_noise_loss_bwd": _forward_noise_loss_bwd,
     "conv2d_winograd_fwd": _conv2d_winograd_fwd,
     "conv2d_winograd_weight": _conv2d_winograd_weight,
-    "conv2d_amx_fwd": _conv2d_amx_fwd,
-    "linear_amx_fwd": _linear_amx_fwd,
+    "conv2d_bf16_fwd": _conv2d_bf16_fwd,
+    "linear_bf16_fwd": _linear_bf16_fwd,
     "conv2d_winograd_bwd_weight": _conv2d_winograd_bwd_weight,
     "noise_fwd": _noise_fwd,
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import conv2d_amx
+from . import conv2d_bf16
 from .boundary import NATIVE, eps_refusals, mixed, register_fakes
 
 OPS = (
@@ -28,8 +28,8 @@ OPS = (
     "forward_noise_loss_bwd",
     "conv2d_winograd_fwd",
     "conv2d_winograd_weight",
-    "conv2d_amx_fwd",
-    "linear_amx_fwd",
+    "conv2d_bf16_fwd",
+    "linear_bf16_fwd",
     "conv2d_winograd_bwd_weight",
     "noise_fwd",
 )
@@ -45,8 +45,8 @@ CPU_OPS = (
     "forward_noise_loss_grad_fwd",
     "conv2d_winograd_fwd",
     "conv2d_winograd_weight",
-    "conv2d_amx_fwd",
-    "linear_amx_fwd",
+    "conv2d_bf16_fwd",
+    "linear_bf16_fwd",
     "conv2d_winograd_bwd_weight",
 )
 MAX_SCALE = 1e38  # of attention: times log2 e, still a float32
@@ -334,11 +334,6 @@ def conv2d_winograd_fwd(
     return torch.ops.engine.conv2d_winograd_fwd.default(x, x2, weight, bias, add, upsample)
 
 
-def conv2d_winograd_bf16_available() -> bool:
-    """Whether the library is there, and the CPU has AVX512_BF16."""
-    return _REASON is None and torch.ops.engine.conv2d_winograd_bf16_available()
-
-
 def conv2d_winograd_weight(
     weight: Tensor,  # (K, C, 3, 3) float32 on the CPU
     transposed: bool,  # of the convolution that takes dy to dx
@@ -346,20 +341,21 @@ def conv2d_winograd_weight(
     return torch.ops.engine.conv2d_winograd_weight.default(weight, transposed)
 
 
-def amx_available() -> bool:
-    """Whether the library is there, and the CPU, its system and ATEN_CPU_CAPABILITY grant AMX."""
-    return _REASON is None and torch.ops.engine.amx_available()
+def conv2d_bf16_level() -> int:
+    """3 where the library is there, and the CPU, its system and ATEN_CPU_CAPABILITY grant AMX, 2
+    where they grant AVX512_BF16 alone, else 0."""
+    return 0 if _REASON else torch.ops.engine.conv2d_bf16_level()
 
 
-pack_conv2d_amx = conv2d_amx.pack
+pack_conv2d_bf16 = conv2d_bf16.pack
 
 
-def conv2d_amx_fwd(
+def conv2d_bf16_fwd(
     x: Tensor,  # (N, C, H, W) bfloat16 channels_last, like all images
     x2: Tensor | None,  # (N, C2, H, W), whose channels follow those of x
     x3: Tensor | None,  # (N, C3, H', W') of the result's size: of a 1×1 convolution, like x4
     x4: Tensor | None,
-    weight: Tensor,  # conv2d_amx.pack of each, concatenated along dimension 1
+    weight: Tensor,  # conv2d_bf16.pack of each, concatenated along dimension 1
     bias: Tensor | None,  # (out_channels,) float32
     add: Tensor | None,  # like the result
     out_channels: int,
@@ -368,19 +364,19 @@ def conv2d_amx_fwd(
     padding: int,
     upsample: bool,  # x and x2 are read as if each pixel were 2×2
 ) -> Tensor:  # (N, out_channels, H', W') channels_last
-    return torch.ops.engine.conv2d_amx_fwd.default(
+    return torch.ops.engine.conv2d_bf16_fwd.default(
         *(x, x2, x3, x4, weight, bias, add, out_channels, kernel, stride, padding, upsample)
     )
 
 
-def linear_amx_fwd(
+def linear_bf16_fwd(
     x: Tensor,  # (…, C) bfloat16 contiguous
-    weight: Tensor,  # conv2d_amx.pack
+    weight: Tensor,  # conv2d_bf16.pack
     bias: Tensor | None,  # (out_features,) float32
     add: Tensor | None,  # like the result
     out_features: int,
 ) -> Tensor:  # (…, out_features)
-    return torch.ops.engine.linear_amx_fwd.default(x, weight, bias, add, out_features)
+    return torch.ops.engine.linear_bf16_fwd.default(x, weight, bias, add, out_features)
 
 
 def conv2d_winograd_bwd_weight(

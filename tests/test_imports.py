@@ -18,7 +18,7 @@ LAYERS = (
     "distributed",
     "ops addend cli inception execution run_lock checkpoint_file dealing metrics winograd",
     "likelihood blocks fashion_mnist pictures patterns memory_format decoding picture_folder",
-    "diffusion unet hugging_face rewrite fused_scheduler program amx images",
+    "diffusion unet hugging_face rewrite fused_scheduler program conv2d_bf16 images",
     "embedded",
     "data prepacked coefficients guidance classifier curves backend diffusers_schedulers parallel"
     " stepping",

@@ -10,13 +10,13 @@ from small_unet import OPTIONS, SMALL, alive, inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
-from engine import amx, blocks, dispatch, embedded, program
+from engine import blocks, conv2d_bf16, dispatch, embedded, program
 from engine.prepacked import for_sampling
 from engine.program import Recorded, record
 
 BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 needs_bf16 = pytest.mark.skipif(
-    not (BF16 and amx.available()), reason="this CPU has no AMX, and oneDNN's are not recorded"
+    not (BF16 and conv2d_bf16.available()), reason="oneDNN's are not recorded"
 )
 needs_native = pytest.mark.skipif(
     bool(dispatch.absence("program", "native")), reason="the extension is not built"

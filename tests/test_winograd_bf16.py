@@ -21,7 +21,7 @@ NATIVE = None if dispatch.absence(winograd.OP, "native") else dispatch.module(wi
 pytestmark = [
     pytest.mark.skipif(NATIVE is None, reason="extension not built"),
     pytest.mark.skipif(
-        NATIVE is not None and not NATIVE.conv2d_winograd_bf16_available(),
+        NATIVE is not None and NATIVE.conv2d_bf16_level() < 2,
         reason="this CPU, or its compiler, has no AVX512_BF16",
     ),
 ]
@@ -168,10 +168,11 @@ def test_opcheck(upsample):
 
 
 @pytest.fixture
-def without_amx(monkeypatch):
+def without_amx():
     """AMX comes first where it is."""
-    for name in ("amx_available", "conv2d_bf16_available"):
-        monkeypatch.setattr(NATIVE, name, lambda: False, raising=False)
+    torch.ops.engine.limit_isa_level(2)
+    yield
+    torch.ops.engine.limit_isa_level(3)
 
 
 @pytest.fixture

@@ -5,8 +5,10 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(ENGINE_X86) && defined(__linux__)
+#ifdef ENGINE_X86
 #include <cpuid.h>
+#endif
+#if defined(ENGINE_X86) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -33,6 +35,15 @@ static int supported() {
 
 static int detect() { return std::min(supported(), allowed()); }
 
+static bool detect_bf16_dots() {
+#ifdef ENGINE_X86
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 5) != 0;
+#else
+  return false;
+#endif
+}
+
 // Linux saves the tiles of a process only after it has asked for them, once for all its threads.
 static bool detect_amx() {
 #if defined(ENGINE_X86) && defined(__linux__)
@@ -40,7 +51,7 @@ static bool detect_amx() {
   if (detect() != kAvx512 || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   const unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
   if ((edx & amx_bf16) == 0 || (edx & amx_tile) == 0) return false;
-  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || (eax & 1u << 5) == 0) return false;
+  if (!detect_bf16_dots()) return false;
   const long ask_permission = 0x1023, get_permission = 0x1022, tile_data = 18;  // of arch_prctl(2)
   unsigned long granted = 0;
   return syscall(SYS_arch_prctl, ask_permission, tile_data) == 0 &&
@@ -61,15 +72,6 @@ int isa_level() {
 bool amx_allowed() {
   static const bool here = detect_amx();
   return here && limit.load(std::memory_order_relaxed) >= kAmx;
-}
-
-static bool detect_bf16_dots() {
-#if defined(ENGINE_X86) && defined(__linux__)
-  unsigned eax, ebx, ecx, edx;
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 5) != 0;
-#else
-  return false;
-#endif
 }
 
 bool bf16_dots_allowed() {

@@ -35,9 +35,8 @@ struct f16 {
 enum Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 // The best level of vectors of this machine, at most kAvx512, or the lower one that a test asked
-// for.
+// for (limit_isa_level, ../kernels.h).
 int isa_level();
-void limit_isa_level(int level);
 
 // kAvx512, and this machine has AMX tiles of bfloat16, the system grants them, and no test asked
 // for a level below kAmx.

@@ -1,4 +1,4 @@
-"""Convolutions and projections in bfloat16: our AMX kernel against oneDNN's.
+"""Convolutions and projections in bfloat16: our kernel against oneDNN's.
 
 `eager` has its weights in oneDNN's own layout, packed for the shape, as ours has in its own. Both
 through one call of PyTorch's dispatcher each. Bytes: x, weights and y once each.
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from measure import compare
 
-from engine import amx
+from engine import conv2d_bf16
 from engine.blocks import Conv2d, Linear
 
 # N, C, K, H and W.
@@ -19,7 +19,7 @@ ONE = [(1, 256, 128, 8), (1, 256, 128, 16), (1, 192, 64, 32)]
 ROWS = [(64, 128, 384), (256, 128, 384), (256, 128, 128), (1024, 128, 384)]  # rows, C, K
 BF16 = torch.bfloat16
 
-pytestmark = pytest.mark.skipif(not amx.available(), reason="no AMX here")
+pytestmark = pytest.mark.skipif(not conv2d_bf16.available(), reason="neither AMX nor AVX512_BF16")
 
 
 def ids(shape) -> str:
@@ -33,7 +33,7 @@ def convolutions(kernel: int, n: int, c: int, k: int, size: int) -> tuple[dict, 
     geometry = layer.padding, (1, 1), (1, 1), 1
     weight = torch._C._nn.mkldnn_reorder_conv2d_weight(layer.weight.to_mkldnn(), *geometry, x.shape)
     pointwise = torch.ops.mkldnn._convolution_pointwise
-    mine = amx.Tiles(layer)
+    mine = conv2d_bf16.Tiles(layer)
     functions = {
         "ours": lambda: mine(x),
         "eager": lambda: pointwise(x, weight, layer.bias, *geometry, "none", [], ""),
@@ -48,7 +48,7 @@ def projections(rows: int, c: int, k: int) -> tuple[dict, int]:
     layer = Linear(c, k).to(BF16).requires_grad_(False)
     x = torch.randn(1, rows, c).to(BF16)
     weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight, rows)
-    mine = amx.Tiles(layer)
+    mine = conv2d_bf16.Tiles(layer)
     functions = {
         "ours": lambda: mine.project(x),
         "eager": lambda: torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], ""),
@@ -64,18 +64,18 @@ def agree(functions: dict, truth: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("shape", TAPS, ids=ids)
-def bench_conv2d_amx_3x3(benchmark, shape):
+def bench_conv2d_bf16_3x3(benchmark, shape):
     with torch.inference_mode():
         compare(benchmark, *convolutions(3, *shape))
 
 
 @pytest.mark.parametrize("shape", ONE, ids=ids)
-def bench_conv2d_amx_1x1(benchmark, shape):
+def bench_conv2d_bf16_1x1(benchmark, shape):
     with torch.inference_mode():
         compare(benchmark, *convolutions(1, *shape))
 
 
 @pytest.mark.parametrize("shape", ROWS, ids=ids)
-def bench_linear_amx(benchmark, shape):
+def bench_linear_bf16(benchmark, shape):
     with torch.inference_mode():
         compare(benchmark, *projections(*shape))

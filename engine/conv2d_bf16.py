@@ -1,9 +1,10 @@
-"""Convolutions and projections by our AMX kernel (csrc/cpu/conv2d_amx.cpp), for inference.
+"""Convolutions and projections in bfloat16 by our kernel (csrc/cpu/conv2d_bf16.cpp), for inference.
 
 On the CPU in bfloat16; prepacked.py takes it where `takes` and `projects` say so, and oneDNN
-elsewhere. Of few pictures it is the faster one by far (128 channels of 8×8: 29 against 59 µs, of
-which oneDNN's call takes 40 before it computes); of many, level (benchmarks/bench_conv2d_amx.py).
-Those are its own too, as a step of oneDNN's convolutions cannot be recorded (program.py).
+elsewhere. Of few pictures it is the faster one by far (AMX, 128 channels of 8×8: 29 against 59 µs,
+of which oneDNN's call takes 40 before it computes); of many, level with AMX, and with AVX512_BF16
+2-10 % slower (benchmarks/bench_conv2d_bf16.py). Those are its own too, as a step of oneDNN's
+convolutions cannot be recorded (program.py).
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ def available() -> bool:
     """Whether the kernel is there and may be taken: ENGINE_BACKEND and this CPU allow it."""
     if dispatch.requested("auto") not in ("auto", "native"):
         return False
-    return not dispatch.absence("conv2d_amx", "native") and _native().amx_available()
+    return not dispatch.absence("conv2d_bf16", "native") and _native().conv2d_bf16_level() > 0
 
 
 def _native():
-    return dispatch.module("conv2d_amx", "native")
+    return dispatch.module("conv2d_bf16", "native")
 
 
 def serves(layer: nn.Conv2d) -> bool:
@@ -62,11 +63,11 @@ class Tiles:
         self.channels = self.weight.shape[0]
         if isinstance(layer, nn.Conv2d):
             self.geometry = layer.kernel_size[0], layer.stride[0], layer.padding[0]
-        self.convolve = dispatch.function("conv2d_amx", "fwd", "native")
-        self.linear = dispatch.function("linear_amx", "fwd", "native")
+        self.convolve = dispatch.function("conv2d_bf16", "fwd", "native")
+        self.linear = dispatch.function("linear_bf16", "fwd", "native")
 
     def pack(self, *channels: int) -> Tensor:
-        pack = _native().pack_conv2d_amx
+        pack = _native().pack_conv2d_bf16
         pieces = self.weight.split(channels, dim=1)
         packed = torch.cat([pack(piece) for piece in pieces], dim=1)
         self.packed[channels] = packed
@@ -90,5 +91,5 @@ class Tiles:
     def project(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         weight = self.packed.get(())
         if weight is None:
-            weight = self.packed[()] = _native().pack_conv2d_amx(self.weight)
+            weight = self.packed[()] = _native().pack_conv2d_bf16(self.weight)
         return self.linear(x, weight, self.bias, add, self.channels)

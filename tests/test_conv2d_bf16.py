@@ -1,7 +1,7 @@
-"""Convolution and projection by AMX: against float64, whatever the shapes, whatever lies around."""
+"""Convolution and projection of bfloat16, by AMX and by AVX512_BF16: against float64, whatever the
+shapes, whatever lies around."""
 
 import copy
-from functools import cache
 
 import pytest
 import torch
@@ -10,22 +10,30 @@ from budget import FORWARD, assert_within_budget
 from small_unet import OPTIONS, SMALL, alive, inputs
 
 import engine
-from engine import amx, dispatch
+from engine import conv2d_bf16, dispatch
 from engine.blocks import Conv2d, Upsample
 from engine.prepacked import prepacked
 
-OP = "conv2d_amx"  # on poisoned memory
+OP = "conv2d_bf16"  # on poisoned memory
 BF16 = torch.bfloat16
 
 
-@cache
 def native():
-    module = dispatch.module(OP, "native")
-    if module.available():
-        pytest.skip(module.available())
-    if not module.amx_available():
-        pytest.skip("this machine, its system or its compiler has no AMX of bfloat16")
-    return module
+    return dispatch.module(OP, "native")
+
+
+@pytest.fixture(autouse=True, params=[2, 3], ids=["dots", "tiles"])
+def form(request):
+    """Each of the two that this machine, its system and its compiler have."""
+    if native().available():
+        pytest.skip(native().available())
+    torch.ops.engine.limit_isa_level(request.param)
+    try:
+        if torch.ops.engine.conv2d_bf16_level() != request.param:
+            pytest.skip("this machine, its system or its compiler has no such instructions")
+        yield
+    finally:
+        torch.ops.engine.limit_isa_level(3)  # no limit
 
 
 def picture(*shape):
@@ -34,13 +42,13 @@ def picture(*shape):
 
 def convolve(x, x2, weight, bias, add, kernel=3, stride=1, padding=1, upsample=False, shortcut=()):
     """The kernel on weights (Co, C + C2, k, k); shortcut: pairs (picture, weight)."""
-    pack = native().pack_conv2d_amx
+    pack = native().pack_conv2d_bf16
     split = [x.shape[1]] if x2 is None else [x.shape[1], x2.shape[1]]
     packs = [pack(w) for w in (*weight.split(split, 1), *(w for _, w in shortcut))]
     more = [p for p, _ in shortcut] + [None] * (2 - len(shortcut))
     out_channels = weight.shape[0]
     geometry = out_channels, kernel, stride, padding, upsample
-    return native().conv2d_amx_fwd(x, x2, *more, torch.cat(packs, 1), bias, add, *geometry)
+    return native().conv2d_bf16_fwd(x, x2, *more, torch.cat(packs, 1), bias, add, *geometry)
 
 
 def plainly(x, x2, weight, bias, add, stride=1, padding=1, upsample=False, shortcut=(), dtype=None):
@@ -97,7 +105,6 @@ GEOMETRIES = {
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_convolution_within_budget(shape, geometry):
-    native()
     n, h, w, c, c2, co = shape
     options = GEOMETRIES[geometry]
     if options.get("padding") == 0 and "stride" in options and min(h, w) < 3:
@@ -115,7 +122,6 @@ def test_convolution_within_budget(shape, geometry):
 @pytest.mark.parametrize("shape", SHAPES[::2], ids=str)
 def test_shortcut_is_summed_with_the_convolution(shape):
     n, h, w, c, c2, co = shape
-    native()
     x, weight = picture(n, c, h, w), torch.randn(co, c, 3, 3) / c**0.5 / 3
     shortcut = [(picture(n, d, h, w), torch.randn(co, d, 1, 1) / d**0.5) for d in (c, c2) if d]
     check(x, None, weight, torch.randn(co), None, shortcut=shortcut)
@@ -124,12 +130,11 @@ def test_shortcut_is_summed_with_the_convolution(shape):
 @pytest.mark.parametrize("rows", [1, 5, 16, 17, 64, 100, 256, 777])
 @pytest.mark.parametrize("c, co", [(128, 384), (32, 16), (40, 24), (256, 128)])
 def test_projection_within_budget(rows, c, co):
-    native()
     for shape in ((rows, c), (2, rows, c)):
         x, weight, bias = torch.randn(shape).to(BF16), torch.randn(co, c) / c**0.5, torch.randn(co)
         add = torch.randn(*shape[:-1], co).to(BF16)
         w = weight.to(BF16)
-        found = native().linear_amx_fwd(x, native().pack_conv2d_amx(weight), bias, add, co)
+        found = native().linear_bf16_fwd(x, native().pack_conv2d_bf16(weight), bias, add, co)
         truth = F.linear(x.double(), w.double(), bias.double()) + add.double()
         plain = F.linear(x, w, bias.to(BF16)) + add
         assert_within_budget(found, truth, plain, factor=FORWARD)
@@ -139,7 +144,6 @@ def test_projection_within_budget(rows, c, co):
 @pytest.mark.parametrize("n, h, w", [(2, 8, 8), (1, 16, 16), (2, 5, 7)])
 def test_a_pixel_reaches_its_neighbours_alone(n, h, w, value):
     """At every place: nothing leaks over the zeros between rows and pictures."""
-    native()
     weight = torch.ones(16, 32, 3, 3)
     clean = picture(n, 32, h, w)
     for i in range(n):
@@ -155,7 +159,6 @@ def test_a_pixel_reaches_its_neighbours_alone(n, h, w, value):
 
 @pytest.mark.parametrize("shape", [(1, 8, 8, 128, 0, 128), (3, 16, 16, 64, 64, 48), SHAPES[12]])
 def test_does_not_depend_on_threads(shape):
-    native()
     n, h, w, c, c2, co = shape
     x, x2 = picture(n, c, h, w), picture(n, c2, h, w) if c2 else None
     weight, tokens = torch.randn(co, c + c2, 3, 3), torch.randn(n, h * w, c).to(BF16)
@@ -164,8 +167,8 @@ def test_does_not_depend_on_threads(shape):
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             y = convolve(x, x2, weight, None, None)
-            pack = native().pack_conv2d_amx(weight[:, :c, 0, 0])
-            results.append((y, native().linear_amx_fwd(tokens, pack, None, None, co)))
+            pack = native().pack_conv2d_bf16(weight[:, :c, 0, 0])
+            results.append((y, native().linear_bf16_fwd(tokens, pack, None, None, co)))
     finally:
         torch.set_num_threads(before)
     for y, z in results[1:]:
@@ -173,9 +176,9 @@ def test_does_not_depend_on_threads(shape):
 
 
 def test_what_is_refused():
-    x, packed = picture(1, 32, 8, 8), native().pack_conv2d_amx(torch.randn(16, 32, 3, 3))
+    x, packed = picture(1, 32, 8, 8), native().pack_conv2d_bf16(torch.randn(16, 32, 3, 3))
     rest = packed, None, None, 16, 3, 1, 1, False
-    run = native().conv2d_amx_fwd
+    run = native().conv2d_bf16_fwd
     for given, sentence in (
         ((x.float(), None, None, None, *rest), "x must be a bfloat16 tensor"),
         ((x.contiguous(), None, None, None, *rest), "x must be channels_last"),
@@ -188,21 +191,29 @@ def test_what_is_refused():
             run(*given)
 
 
+def test_lower_instructions_leave_it_out(form):
+    torch.ops.engine.limit_isa_level(1)
+    assert native().conv2d_bf16_level() == 0 and not conv2d_bf16.available()
+    x, tiles = torch.randn(4, 32).to(BF16), native().pack_conv2d_bf16(torch.randn(16, 32))
+    with pytest.raises(RuntimeError, match="has neither AMX nor AVX512_BF16"):
+        native().linear_bf16_fwd(x, tiles, None, None, 16)
+
+
 def test_registered():
     """Schema and fake agree with the kernel."""
-    x, pack = picture(2, 32, 6, 6), native().pack_conv2d_amx
+    x, pack = picture(2, 32, 6, 6), native().pack_conv2d_bf16
     bias, add = torch.randn(16), picture(2, 16, 3, 3)
     tiles = pack(torch.randn(16, 32, 3, 3))
     given = x, None, None, None, tiles, bias, add, 16, 3, 2, 1, False
-    torch.library.opcheck(torch.ops.engine.conv2d_amx_fwd.default, given)
+    torch.library.opcheck(torch.ops.engine.conv2d_bf16_fwd.default, given)
     rows = torch.randn(2, 7, 32).to(BF16), pack(torch.randn(24, 32)), None, None, 24
-    torch.library.opcheck(torch.ops.engine.linear_amx_fwd.default, rows)
+    torch.library.opcheck(torch.ops.engine.linear_bf16_fwd.default, rows)
 
 
 def counted(monkeypatch):
-    """How often the kernels run."""
+    """How often the kernels run, Winograd's among them."""
     calls, module = [], native()
-    for name in ("conv2d_amx_fwd", "linear_amx_fwd"):
+    for name in ("conv2d_bf16_fwd", "linear_bf16_fwd", "conv2d_winograd_fwd"):
         kernel = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, k=kernel: calls.append(1) or k(*a))
     return calls
@@ -241,4 +252,4 @@ def test_other_layouts_and_layers_go_to_onednn(monkeypatch):
                 by_kernel = given is x and getattr(layer, "kernel_size", (3, 3)) == (3, 3)
                 assert len(calls) == by_kernel
     monkeypatch.setenv("ENGINE_BACKEND", "eager")
-    assert not amx.available()
+    assert not conv2d_bf16.available()

@@ -1,4 +1,4 @@
-// Convolution and projection of bfloat16 by AMX: inference alone.
+// Convolution and projection of bfloat16 by AMX, or by AVX512_BF16: inference alone.
 //
 //   out[n, y, x] = sum over sources, taps (i, j) of W[i, j] source[n, s y + i - p, s x + j - p]
 //                  + bias + add
@@ -11,12 +11,14 @@
 // Blocking: rows of A are 16 positions, B 16 channels of the result; up to six tiles of positions
 // are summed at a time, for each of which a tile of the weights is read once. The weights lie in
 // the order of reading: [16 channels of the result][32 channels of a source][tap],
-// kernels/conv2d_amx.py packs them. What a thread needs of 3 x 3 taps' sources it copies: a plane
+// kernels/conv2d_bf16.py packs them. What a thread needs of 3 x 3 taps' sources it copies: a plane
 // of 64 bytes per position for each 32 channels, a column of zeros behind each row, a row of zeros
 // around each picture. Every tap of 16 neighbours is then a tile of stride 64, and the nine taps of
 // 32 channels read the same few KB. Rows of A that fall on the zeros between two rows of the
 // picture are not stored (of whole sixteens there are none). Stride 2: four planes, of even and odd
 // rows and columns. 1 x 1 alone reads its sources in place.
+//
+// Without AMX the same tiles of weights serve vdpbf16ps: conv2d_bf16_dots.h.
 //
 // Precision: products of bfloat16 summed in float32, bias and add added to the sum, one rounding.
 //
@@ -24,11 +26,11 @@
 // first where the weights are the smaller. Each result has one writer and one order of summation,
 // so threads change no bit. One region of threads a call; scratch is a thread's own, and kept.
 //
-// Refused: a CPU without AMX (conv2d_amx_available).
+// Refused: a CPU without both (conv2d_bf16_level).
 //
 // Bound: of few positions the weights, 2 bytes for each of (taps C Co) from L3; else the products.
-// Rounding and storing take as long as four steps of 32 channels: from kDeep steps on they are done
-// between the products (144 against 165 us, 128 channels of 32 x 32), below that is slower.
+// AMX: rounding and storing take as long as four steps of 32 channels: from kDeep steps on they are
+// done between the products (144 against 165 us, 128 channels of 32 x 32), below that is slower.
 #include "../kernels.h"
 #include "amx.h"
 #include "scratch.h"
@@ -37,6 +39,9 @@
 #include <immintrin.h>
 
 #include <algorithm>
+
+#include "conv2d_bf16_blocks.h"
+#include "conv2d_bf16_dots.h"
 
 #ifdef __clang__
 #pragma clang attribute push(                                                               \
@@ -48,91 +53,8 @@
 #endif
 
 namespace engine {
-namespace amx {
+namespace conv2d_bf16 {
 namespace {
-
-constexpr int64_t kGroup = 6;           // tiles of positions, at most
-constexpr int64_t kWindow = 512 << 10;  // bytes of copied sources, about
-constexpr int64_t kDeep = 16;           // steps from which on storing is done between products
-constexpr int64_t kAhead = 4;           // tiles of weights that are fetched ahead
-
-// A tile's worth of the sum: 32 channels of a source under one tap.
-struct Step {
-  const char* base;
-  int64_t pitch;  // bytes from one position to the next
-};
-
-// 16 positions of the result. `at`: the first in the sources; `first`: how many belong to others.
-struct Place {
-  int64_t at, first, n, y, x;
-};
-
-struct Convolution {
-  const Conv2dAmx& p;
-  bool direct;          // the sources are read in place
-  bool by_rows = true;  // no tile crosses rows
-  int64_t N, H, W, pitch, tiles, all, groups, panels, each, units, steps = 0, planes = 0;
-  bool panels_first;
-  int64_t group_tiles = kGroup;
-
-  explicit Convolution(const Conv2dAmx& p) : p(p), N(p.N), H(p.H), W(p.W) {
-    int64_t width = 0;
-    bool whole = true, plain = true;
-    const int64_t phases = p.stride * p.stride;
-    for (int i = 0; i < p.count; ++i) {
-      const Conv2dSource& s = p.sources[i];
-      const int64_t blocks = (s.C + 31) / 32;
-      whole &= s.C % 32 == 0, plain &= !s.taps, width += s.C * 2;
-      steps += blocks * (s.taps ? 9 : 1), planes += blocks * (s.taps ? phases : 1);
-    }
-    direct = plain && whole && N * H * W >= kTile;
-    if (direct) {
-      W *= N * H, N = H = 1;
-      if (width * kGroup * kTile > 20 << 10) group_tiles = 4;  // they stay in L1
-    }
-    pitch = W + 1;
-    tiles = H * ((W + kTile - 1) / kTile);
-    const int64_t flat = (H * pitch - 1 + kTile - 1) / kTile;
-    if (flat < tiles) tiles = flat, by_rows = false;
-    all = N * tiles;
-    groups = (all + group_tiles - 1) / group_tiles;
-    panels = (p.Co + kTile - 1) / kTile;
-    each = groups * ((panels + 1) / 2) >= 4 ? 2 : 1;  // whole lines of the result for a thread
-    units = (panels + each - 1) / each;
-    const int64_t weights = panels * steps * kTileBytes, inputs = N * H * W * width;
-    panels_first = weights > inputs && (direct || bytes(0, groups) <= kWindow);
-  }
-
-  int64_t first_tile(int64_t group) const { return group * all / groups; }
-
-  Place place(int64_t tile) const {
-    if (direct) {
-      const int64_t x = tile * kTile, at = std::min(x, W - kTile);
-      return {at, x - at, 0, 0, x};
-    }
-    const int64_t n = tile / tiles, t = tile % tiles;
-    if (by_rows) {
-      const int64_t across = (W + kTile - 1) / kTile, y = t / across;
-      return {0, 0, n, y, t % across * kTile};
-    }
-    return {0, 0, n, t * kTile / pitch, t * kTile % pitch};
-  }
-
-  // Padded rows: one of zeros, H of the first picture, one of zeros, H of the second, ...
-  int64_t first_row(int64_t group) const {
-    const Place a = place(first_tile(group));
-    return a.n * (H + 1) + a.y;
-  }
-  int64_t end_row(int64_t group) const {  // of the groups before this one
-    const Place b = place(first_tile(group) - 1);
-    const int64_t y = by_rows ? b.y : std::min(H - 1, b.y + (b.x + kTile - 1) / pitch);
-    return b.n * (H + 1) + y + 3;
-  }
-  int64_t plane(int64_t rows) const { return (rows * pitch + 1 + kTile) * kLine; }
-  int64_t bytes(int64_t group, int64_t end) const {
-    return planes * plane(end_row(end) - first_row(group));
-  }
-};
 
 // Copies `count` pixels of 32 channels, `stride` pixels apart, and zeros up to `pixels`.
 ENGINE_INLINE void copy_pixels(const char* from, int64_t bytes, __mmask32 mask, int64_t first,
@@ -143,11 +65,6 @@ ENGINE_INLINE void copy_pixels(const char* from, int64_t bytes, __mmask32 mask, 
     _mm512_store_si512(to, _mm512_maskz_loadu_epi16(here, from + (at >> shift) * bytes));
   }
 }
-
-// A row of results: where its sums lie in the stage, and its place in the result.
-struct Row {
-  int64_t from, at;
-};
 
 // Sums that are made and not yet rounded and stored.
 struct Pending {
@@ -167,13 +84,14 @@ struct Worker {
   int64_t at[kGroup], count = 0, listed = -1;  // tiles of the group `listed`
   Row rows[2][kGroup * kTile];                 // of this group and the one before
   Row *rows_begin = rows[0], *rows_end = rows[0];
+  int64_t places[kGroup * kTile];  // of this group's rows in the sources, for dots
 
   void fill(int64_t group, int64_t end) {
     window_begin = group, window_end = end, top = c.first_row(group), listed = -1;
     const int64_t rows = c.end_row(end) - top, plane = c.plane(rows);
     char* to = window;
     Step* step = steps;
-    const Conv2dAmx& p = c.p;
+    const Conv2dBf16& p = c.p;
     for (int i = 0; i < p.count; ++i) {
       const Conv2dSource& s = p.sources[i];
       const int64_t stride = s.taps ? p.stride : 1, shift = s.taps && p.upsample;
@@ -195,13 +113,14 @@ struct Worker {
                         static_cast<int>(shift), Wi << shift, c.pitch, row);
           }
         }
+        const int64_t pairs = pairs_of(s.C - channel);
         for (int64_t tap = s.taps ? 0 : 4; tap < (s.taps ? 9 : 5); ++tap) {
           const int64_t i = tap / 3 - (s.taps ? p.padding : 1),
                         j = tap % 3 - (s.taps ? p.padding : 1);
           const int64_t phase = (i & (stride - 1)) * stride + (j & (stride - 1));
           const int64_t shift_y = (i - (i & (stride - 1))) / stride;
           const int64_t shift_x = (j - (j & (stride - 1))) / stride;
-          *step++ = {to + phase * plane + (shift_y * c.pitch + shift_x) * kLine, kLine};
+          *step++ = {to + phase * plane + (shift_y * c.pitch + shift_x) * kLine, kLine, pairs};
         }
         to += stride * stride * plane;
       }
@@ -213,7 +132,7 @@ struct Worker {
     for (int i = 0; i < c.p.count; ++i) {
       const Conv2dSource& s = c.p.sources[i];
       for (int64_t channel = 0; channel < s.C; channel += 32) {
-        *step++ = {static_cast<const char*>(s.data) + channel * 2, s.C * 2};
+        *step++ = {static_cast<const char*>(s.data) + channel * 2, s.C * 2, 16};
       }
     }
   }
@@ -228,7 +147,7 @@ struct Worker {
 
   // Rounds and stores up to `count` rows of what is pending.
   ENGINE_INLINE void finish(int64_t count) {
-    const Conv2dAmx& p = c.p;
+    const Conv2dBf16& p = c.p;
     const Row* end = pending.end - pending.next > count ? pending.next + count : pending.end;
     const int64_t channel = pending.channel;
     const __mmask16 mask = lanes_mask(p.Co - channel);
@@ -308,11 +227,49 @@ struct Worker {
       at[m] = c.direct ? q.at : (1 + q.n * (c.H + 1) + q.y - top) * c.pitch + 1 + q.x;
       rows_end = list(q, m, rows_end);
     }
+    for (const Row* row = rows_begin; !c.by_tiles && row < rows_end; ++row) {
+      places[row - rows_begin] = at[row->from / kTileBytes] + row->from / kLine % kTile;
+    }
+  }
+
+  // Starts to bring what the next group reads in place, a part of it: 623 against 655 us, 8,192
+  // rows of 128 channels to 128 on one core.
+  void fetch(int64_t group, int64_t part, int64_t parts) const {
+    if (!c.direct || group >= c.groups) return;
+    const int64_t begin = c.first_tile(group) * kTile, end = c.first_tile(group + 1) * kTile;
+    for (int i = 0; i < c.p.count; ++i) {
+      const Conv2dSource& s = c.p.sources[i];
+      const int64_t lines = (std::min(end, c.W) - begin) * s.C * 2 / kLine;
+      const char* from = static_cast<const char*>(s.data) + begin * s.C * 2;
+      for (int64_t n = part * lines / parts; n < (part + 1) * lines / parts; ++n) {
+        _mm_prefetch(from + n * kLine, _MM_HINT_T1);
+      }
+    }
+  }
+
+  // All panels of the unit at a time, a block of rows after the other.
+  void unit_by_dots(int64_t group, int64_t which, int64_t panel, int64_t end) {
+    const bool two = end - panel == 2;
+    const int64_t size = c.steps * kTileBytes, most = two ? kDotRows : kDotRowsOfOne;
+    const char* w = static_cast<const char*>(c.p.weight) + panel * size;
+    const int64_t channel = panel * kTile;
+    Result result = {static_cast<uint16_t*>(c.p.out) + channel, nullptr, nullptr, c.p.Co - channel};
+    if (c.p.add != nullptr) result.add = static_cast<const uint16_t*>(c.p.add) + channel;
+    if (c.p.bias != nullptr) result.bias = c.p.bias + channel;
+    const int64_t all = (rows_end - rows_begin + most - 1) / most;
+    int64_t blocks = all;
+    for (const Row* row = rows_begin; row < rows_end; --blocks) {  // of the same size, nearly
+      if (!c.panels_first) fetch(group + 1, (which + 1) * all - blocks, c.units * all);
+      const int64_t count = (rows_end - row + blocks - 1) / blocks;
+      dots(two, count, steps, steps + c.steps, places + (row - rows_begin), w, size, row, result);
+      row += count;
+    }
   }
 
   void unit(int64_t group, int64_t which) {
     if (group != listed) enter(group);
     const int64_t end = std::min(c.panels, (which + 1) * c.each);
+    if (!c.by_tiles) return unit_by_dots(group, which, which * c.each, end);
     for (int64_t panel = which * c.each; panel < end; ++panel) {
       const char* w = static_cast<const char*>(c.p.weight) + panel * c.steps * kTileBytes;
       char* to = stage + (pending.stage == stage && c.steps >= kDeep ? kGroup * kTileBytes : 0);
@@ -352,7 +309,7 @@ void convolve(const Convolution& c, int64_t begin, int64_t end) {
   char* scratch = thread_scratch(stages + table + most);
   Worker worker{c, scratch, reinterpret_cast<Step*>(scratch + stages), scratch + stages + table};
   if (c.direct) worker.in_place();
-  TileConfig().load();
+  if (c.by_tiles) TileConfig().load();
   for (int64_t item = begin; item < end; ++item) {
     if (c.panels_first) {
       worker.reach(item % groups, groups);
@@ -363,11 +320,11 @@ void convolve(const Convolution& c, int64_t begin, int64_t end) {
     }
   }
   worker.finish(kGroup * kTile);
-  asm volatile("tilerelease");
+  if (c.by_tiles) asm volatile("tilerelease");
 }
 
 }  // namespace
-}  // namespace amx
+}  // namespace conv2d_bf16
 }  // namespace engine
 
 #ifdef __clang__
@@ -378,19 +335,19 @@ void convolve(const Convolution& c, int64_t begin, int64_t end) {
 
 namespace engine {
 
-bool conv2d_amx_available() { return amx_allowed(); }
+int conv2d_bf16_level() { return amx_allowed() ? kAmx : bf16_dots_allowed() ? kAvx512 : 0; }
 
-void conv2d_amx_fwd_cpu(const Conv2dAmx& p, const ParallelFor& parallel_for) {
-  const amx::Convolution c(p);
+void conv2d_bf16_fwd_cpu(const Conv2dBf16& p, const ParallelFor& parallel_for) {
+  const conv2d_bf16::Convolution c(p, amx_allowed());
   parallel_for(c.groups * c.units, 1,
-               [&](int64_t begin, int64_t end) { amx::convolve(c, begin, end); });
+               [&](int64_t begin, int64_t end) { conv2d_bf16::convolve(c, begin, end); });
 }
 
 }  // namespace engine
 #else  // this compiler cannot, and nobody calls
 
 namespace engine {
-bool conv2d_amx_available() { return false; }
-void conv2d_amx_fwd_cpu(const Conv2dAmx&, const ParallelFor&) {}
+int conv2d_bf16_level() { return 0; }
+void conv2d_bf16_fwd_cpu(const Conv2dBf16&, const ParallelFor&) {}
 }  // namespace engine
 #endif

@@ -1,6 +1,6 @@
-// Bindings of the convolution and the projection by AMX: for CPU tensors of bfloat16, inference.
+// Bindings of the convolution and the projection of bfloat16: for CPU tensors, inference.
 //
-// Pictures are channels_last, and so is the result. Weights are packed by kernels/conv2d_amx.py.
+// Pictures are channels_last, and so is the result. Weights are packed by kernels/conv2d_bf16.py.
 #ifndef ENGINE_EMULATE
 #include "ops.h"
 
@@ -23,11 +23,12 @@ Conv2dSource picture(const Tensor& x, int64_t N, int64_t H, int64_t W, bool taps
   return {x.data_ptr(), sizes[1], taps};
 }
 
-void finish(Conv2dAmx& p, const Tensor& weight, const OptionalTensor& bias, const Tensor& out) {
-  STD_TORCH_CHECK(conv2d_amx_available(), "this CPU, or what runs on it, has no AMX of bfloat16");
+void finish(Conv2dBf16& p, const Tensor& weight, const OptionalTensor& bias, const Tensor& out) {
+  STD_TORCH_CHECK(conv2d_bf16_level() != 0,
+                  "this CPU, or what runs on it, has neither AMX nor AVX512_BF16");
   check_operand(weight, "weight");
   STD_TORCH_CHECK(
-      weight.is_contiguous() && weight.numel() == (p.Co + 15) / 16 * conv2d_amx_steps(p) * 512,
+      weight.is_contiguous() && weight.numel() == (p.Co + 15) / 16 * conv2d_bf16_steps(p) * 512,
       "weight must be packed for these channels");
   if (bias) {
     STD_TORCH_CHECK(bias->is_cpu() && bias->scalar_type() == ScalarType::Float &&
@@ -36,13 +37,13 @@ void finish(Conv2dAmx& p, const Tensor& weight, const OptionalTensor& bias, cons
     p.bias = floats(*bias);
   }
   p.weight = weight.data_ptr(), p.out = out.data_ptr();
-  conv2d_amx_fwd_cpu(p, Cpu::parallel_for());
+  conv2d_bf16_fwd_cpu(p, Cpu::parallel_for());
 }
 
-Tensor conv2d_amx_fwd(const Tensor& x, const OptionalTensor& x2, const OptionalTensor& x3,
-                      const OptionalTensor& x4, const Tensor& weight, const OptionalTensor& bias,
-                      const OptionalTensor& add, int64_t out_channels, int64_t kernel,
-                      int64_t stride, int64_t padding, bool upsample) {
+Tensor conv2d_bf16_fwd(const Tensor& x, const OptionalTensor& x2, const OptionalTensor& x3,
+                       const OptionalTensor& x4, const Tensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& add, int64_t out_channels, int64_t kernel,
+                       int64_t stride, int64_t padding, bool upsample) {
   STD_TORCH_CHECK(x.dim() == 4, "x must have shape (N, C, H, W)");
   const bool taps = kernel == 3;
   STD_TORCH_CHECK(
@@ -51,7 +52,7 @@ Tensor conv2d_amx_fwd(const Tensor& x, const OptionalTensor& x2, const OptionalT
           !(upsample && (!taps || stride == 2)),
       "kernel, stride, padding must be 3, 1, 1; 3, 2, 1; 3, 2, 0; 1, 1, 0; upsample of 3, 1, 1");
   const auto sizes = x.sizes();
-  Conv2dAmx p{};
+  Conv2dBf16 p{};
   const auto length = [&](int64_t n) {
     return upsample ? 2 * n : (n + 2 * padding - kernel) / stride + 1;
   };
@@ -81,13 +82,13 @@ Tensor conv2d_amx_fwd(const Tensor& x, const OptionalTensor& x2, const OptionalT
   return out;
 }
 
-Tensor linear_amx_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                      const OptionalTensor& add, int64_t out_features) {
+Tensor linear_bf16_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& add, int64_t out_features) {
   check_operand(x, "x");
   const auto sizes = x.sizes();
   STD_TORCH_CHECK(sizes.size() >= 1 && sizes.size() <= 4 && x.is_contiguous() && x.numel() > 0,
                   "x must be contiguous, of 1 to 4 dimensions, and not empty");
-  Conv2dAmx p{};
+  Conv2dBf16 p{};
   const int64_t C = sizes[sizes.size() - 1], rows = x.numel() / C;
   p.N = 1, p.H = p.Hi = 1, p.W = p.Wi = rows, p.Co = out_features, p.stride = 1;
   p.sources[p.count++] = {x.data_ptr(), C, false};
@@ -105,28 +106,33 @@ Tensor linear_amx_fwd(const Tensor& x, const Tensor& weight, const OptionalTenso
   return out;
 }
 
-bool amx_available() { return conv2d_amx_available(); }
+int64_t level() { return conv2d_bf16_level(); }
+
+// Of every kernel, not of these alone; 3 is none.
+void limit(int64_t level) { limit_isa_level(static_cast<int>(level)); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ENGINE_NS, m) {
   m.def(
-      "conv2d_amx_fwd(Tensor x, Tensor? x2, Tensor? x3, Tensor? x4, Tensor weight, Tensor? bias, "
+      "conv2d_bf16_fwd(Tensor x, Tensor? x2, Tensor? x3, Tensor? x4, Tensor weight, Tensor? bias, "
       "Tensor? add, int out_channels, int kernel, int stride, int padding, bool upsample) -> "
       "Tensor");
   m.def(
-      "linear_amx_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? add, int out_features) -> "
+      "linear_bf16_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? add, int out_features) -> "
       "Tensor");
-  m.def("amx_available() -> bool");
+  m.def("conv2d_bf16_level() -> int");
+  m.def("limit_isa_level(int level) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CPU, m) {
-  m.impl("conv2d_amx_fwd", TORCH_BOX(&conv2d_amx_fwd));
-  m.impl("linear_amx_fwd", TORCH_BOX(&linear_amx_fwd));
+  m.impl("conv2d_bf16_fwd", TORCH_BOX(&conv2d_bf16_fwd));
+  m.impl("linear_bf16_fwd", TORCH_BOX(&linear_bf16_fwd));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ENGINE_NS, CompositeExplicitAutograd, m) {
-  m.impl("amx_available", TORCH_BOX(&amx_available));
+  m.impl("conv2d_bf16_level", TORCH_BOX(&level));
+  m.impl("limit_isa_level", TORCH_BOX(&limit));
 }
 
 }  // namespace engine::ops

@@ -1,4 +1,4 @@
-"""Convolution and projection by AMX: the weights as csrc/cpu/conv2d_amx.cpp reads them."""
+"""Convolution and projection of bfloat16: the weights as csrc/cpu/conv2d_bf16.cpp reads them."""
 
 import torch
 import torch.nn.functional as F
