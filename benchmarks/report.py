@@ -28,6 +28,8 @@ HEADLINE = (
     "bench_conv2d_amx_3x3[32x128x128x16]",
     "bench_conv2d_bf16_3x3[1x128x128x8]",
     "bench_conv2d_bf16_3x3[32x128x128x16]",
+    "bench_conv2d_winograd_bf16[1x128x128x8]",
+    "bench_conv2d_winograd_bf16[32x128x128x16]",
     "bench_conv2d_winograd_forward[32x128x128x16-avx2]",
     "bench_conv2d_winograd_training[32x128x128x16-avx2]",
     "bench_reverse_step[64x1x28x28]",
