@@ -32,6 +32,14 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def capability() -> str:
+    """PyTorch's vectors, and the instructions for bfloat16."""
+    vectors = torch.backends.cpu.get_cpu_capability()
+    if torch.cpu._is_amx_tile_supported():
+        return f"{vectors} with AMX"
+    return f"{vectors} with AVX512_BF16" if torch.cpu._is_avx512_bf16_supported() else vectors
+
+
 def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -43,7 +51,7 @@ def pytest_benchmark_update_machine_info(config, machine_info) -> None:
     machine_info.clear()
     machine_info.update(
         cpu=cpu_name(),
-        capability=torch.backends.cpu.get_cpu_capability(),
+        capability=capability(),
         threads=torch.get_num_threads(),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         python=platform.python_version(),

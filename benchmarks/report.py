@@ -131,7 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
         full += [f"## {device(result)}", ""]
         whole = unet_report.tables(result["benchmarks"])
         full += whole
-        short += unet_report.tables(result["benchmarks"], profiles=False)
+        steps = unet_report.tables(result["benchmarks"], profiles=False)
+        short += [f"{device(result)}:", "", *steps] if steps else []
         if not benchmarks:
             continue
         if picture := cpu_plot.draw({**result, "benchmarks": benchmarks}, folder):
