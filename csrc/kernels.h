@@ -281,8 +281,6 @@ void forward_noise_loss_bwd_cpu(const ForwardNoise& p, const ForwardNoiseLoss& l
 void forward_noise_loss_bwd_cuda(const ForwardNoise& p, const ForwardNoiseLoss& l,
                                  const float* dloss, void* dmodel_out, void* stream);
 
-struct bf16;  // cpu/isa.h
-
 // y = conv3x3(x, w) + bias + add, stride 1, padding 1: NHWC, by Winograd's F(2x2, 3x3). E is float
 // or bf16.
 template <class E>
@@ -305,9 +303,6 @@ void conv2d_winograd_weight_cpu(const float* w, int64_t K, int64_t C, int64_t k_
                                 int64_t c_stride, int64_t tap_stride, bool flip, float* packed,
                                 const ParallelFor& parallel_for);
 void conv2d_winograd_fwd_cpu(const Conv2dWinograd<float>& p, const ParallelFor& parallel_for);
-// Where the CPU has AVX512_BF16 alone.
-bool conv2d_winograd_bf16_available();
-void conv2d_winograd_fwd_cpu(const Conv2dWinograd<bf16>& p, const ParallelFor& parallel_for);
 
 // Gradients of w and bias: C % 16 == 0, K % 32 == 0, no size 0.
 struct Conv2dWinogradGrads {

@@ -1,5 +1,6 @@
 // Binding of conv2d_winograd, for CPU tensors: float32, the forward bfloat16 too.
 #ifndef ENGINE_EMULATE
+#include "cpu/conv2d_winograd.h"
 #include "ops.h"
 
 namespace engine::ops {

@@ -2,8 +2,13 @@
 #pragma once
 
 #include "../kernels.h"
+#include "isa.h"
 
 namespace engine {
+
+// Where the CPU has AVX512_BF16.
+bool conv2d_winograd_bf16_available();
+void conv2d_winograd_fwd_cpu(const Conv2dWinograd<bf16>& p, const ParallelFor& parallel_for);
 
 // Tiles at a time: their transforms, 16 entries of C floats a tile, are to stay in L2.
 constexpr int64_t kWinogradTiles = 48;
