@@ -59,7 +59,7 @@ class Tiles:
 
     def __init__(self, layer: nn.Module) -> None:
         self.weight, self.packed = layer.weight.detach(), {}
-        self.bias = None if layer.bias is None else layer.bias.detach().float()
+        self.bias = None if layer.bias is None else layer.bias.detach().to(torch.float32, copy=True)
         self.channels = self.weight.shape[0]
         if isinstance(layer, nn.Conv2d):
             self.geometry = layer.kernel_size[0], layer.stride[0], layer.padding[0]

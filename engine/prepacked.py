@@ -174,7 +174,7 @@ class _Packed(nn.Module):
 
     def bias(self) -> Tensor | None:
         bias = self.layer[0].bias
-        return None if bias is None else bias.detach().to(self.dtype)
+        return None if bias is None else bias.detach().to(self.dtype, copy=True)
 
 
 class _PackedConv2d(_Packed):
@@ -247,7 +247,7 @@ class _Bf16Conv2d(_PackedConv2d):
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor], add: Tensor | None = None) -> Tensor:
         x, x2 = x if isinstance(x, tuple) else (x, None)
-        if not conv2d_bf16.takes(x, x2, add):
+        if self.dtype != torch.bfloat16 or not conv2d_bf16.takes(x, x2, add):
             return super().forward(x if x2 is None else (x, x2), add)
         if self.tiles is None:
             self.tiles = conv2d_bf16.Tiles(self.layer[0])
@@ -294,7 +294,7 @@ class _WinogradConv2d(_Bf16Conv2d):
         if self.transformed is None:
             layer = self.layer[0]
             pack = winograd.packed if self.dtype == torch.float32 else winograd.packed_bf16
-            bias = None if layer.bias is None else layer.bias.detach().float()
+            bias = None if layer.bias is None else layer.bias.detach().to(torch.float32, copy=True)
             self.transformed = pack(layer.weight), bias
         return self.transformed
 

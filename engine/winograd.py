@@ -70,7 +70,10 @@ def packed(weight: Tensor, transposed: bool = False) -> Tensor:
     """(K, C, 3, 3) → (K / 16, 16, C, 16): the 4×4 entries of G w Gᵀ, each (C, K), in the order in
     which the kernel reads them, rounded once. transposed: K and C exchanged, the taps reversed,
     which is the convolution that takes a gradient dy to dx."""
-    return dispatch.function(OP, "weight", "native")(weight.detach(), transposed)
+    weight = weight.detach()
+    if weight.stride(2) != 3 * weight.stride(3):  # the kernel wants evenly spaced taps
+        weight = weight.contiguous()
+    return dispatch.function(OP, "weight", "native")(weight, transposed)
 
 
 def packed_bf16(weight: Tensor) -> Tensor:

@@ -191,6 +191,17 @@ def test_what_is_refused():
             run(*given)
 
 
+def test_weights_may_lie_anywhere():
+    """Restored into a larger buffer, say: the loads ask for no alignment."""
+    x, packed = picture(1, 32, 8, 8), native().pack_conv2d_bf16(torch.randn(48, 32, 3, 3))
+    off = torch.empty(packed.numel() + 8, dtype=BF16)[8:].view(packed.shape).copy_(packed)
+    rest = None, None, 48, 3, 1, 1, False
+    run = native().conv2d_bf16_fwd
+    assert torch.equal(
+        run(x, None, None, None, off, *rest), run(x, None, None, None, packed, *rest)
+    )
+
+
 def test_lower_instructions_leave_it_out(form):
     torch.ops.engine.limit_isa_level(1)
     assert native().conv2d_bf16_level() == 0 and not conv2d_bf16.available()

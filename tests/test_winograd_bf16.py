@@ -202,6 +202,32 @@ def test_a_twin_of_a_layer(without_amx, calls, dtype, bias):
         assert found.dtype == BF16 and (found - truth).norm() < 0.01 * truth.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_a_twin_has_the_dtype_and_the_weights_it_was_made_with(without_amx, dtype):
+    """Whatever the dtype of its images, and whatever becomes of the layer."""
+    layer = Conv2d(64, 32, 3, padding=1).requires_grad_(False)
+    with torch.inference_mode():
+        for kind in (layer, Upsample(64).requires_grad_(False)):
+            twin, more = prepacked(kind, dtype), (None,) if isinstance(kind, Upsample) else ()
+            for x in (image(2, 64, 6, 6), image(2, 64, 6, 6).float()):
+                assert twin(x, *more).dtype == dtype
+        twin, x = prepacked(layer, dtype), image(2, 64, 6, 6).to(dtype)
+        before = twin(x)
+        for p in layer.parameters():
+            p.add_(1)
+        assert torch.equal(twin(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_weights_that_are_a_view(without_amx, dtype):
+    layer = Conv2d(64, 32, 3, padding=1).requires_grad_(False)
+    layer.weight.data = torch.randn(32, 64, 5, 5)[:, :, 1:4, 1:4] / 20
+    x = image(2, 64, 6, 6).to(dtype)
+    with torch.inference_mode():
+        found, truth = prepacked(layer, dtype)(x), layer(x.float())
+    assert (found - truth).norm() < 0.01 * truth.norm()
+
+
 def test_upsampling(without_amx, calls):
     layer, x = Upsample(32).requires_grad_(False), image(3, 32, 5, 3)
     with torch.inference_mode():

@@ -64,9 +64,9 @@ void dots(const Step* step, const Step* end, const int64_t* places, const char* 
     do {
       const char *pair = step->base, *last = pair + step->pairs * 4, *row = w;
       for (; pair < last; pair += 4, row += kLine) {
-        const __m512bh w0 = (__m512bh)_mm512_load_si512(row);
+        const __m512bh w0 = (__m512bh)_mm512_loadu_si512(row);
         __m512bh w1 = w0;
-        if constexpr (P == 2) w1 = (__m512bh)_mm512_load_si512(row + panel);
+        if constexpr (P == 2) w1 = (__m512bh)_mm512_loadu_si512(row + panel);
         ENGINE_UNROLL
         for (int m = 0; m < M; ++m) {
           int bits;

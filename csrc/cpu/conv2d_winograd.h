@@ -1,6 +1,8 @@
 // What the loops of conv2d_winograd share with their caller.
 #pragma once
 
+#include <algorithm>
+
 #include "../kernels.h"
 #include "isa.h"
 
@@ -13,8 +15,8 @@ void conv2d_winograd_fwd_cpu(const Conv2dWinograd<bf16>& p, const ParallelFor& p
 // Tiles at a time: their transforms, 16 entries of C floats a tile, are to stay in L2.
 constexpr int64_t kWinogradTiles = 48;
 
-// Channels of y that are a thread's where the tiles are few.
-constexpr int64_t kWinogradChannels = 64;
+// Channels of y that are a part for a thread where the tiles are few.
+constexpr int64_t kWinogradChannels = 32;
 
 // w (K, C, 3, 3): see kernels.h.
 struct WinogradFilters {
@@ -68,9 +70,10 @@ inline void winograd_fwd(const WinogradLoops<E>& loops, const Conv2dWinograd<E>&
   const auto run = p.upsample ? loops.tiles_upsampled : loops.tiles;
   parallel_for((tiles + unit - 1) / unit * parts, 1, [&](int64_t begin, int64_t end) {
     float* s = winograd_scratch(floats + m);
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = begin, now; i < end; i += now) {
+      now = std::min(end - i, parts - i % parts);  // of the same tiles: x is transformed once
       const int64_t first = i / parts * unit, left = tiles - first, k0 = i % parts * width;
-      const int64_t k1 = k0 + width < p.K ? k0 + width : p.K;
+      const int64_t k1 = std::min(k0 + now * width, p.K);
       run(p, {first, left < unit ? left : unit, k0, k1}, reinterpret_cast<E*>(s), s + floats);
     }
   });
