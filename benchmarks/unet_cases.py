@@ -118,14 +118,18 @@ def openvino(model: torch.nn.Module, x: torch.Tensor, t: torch.Tensor):
 class Training:
     """Steps of AdamW under autocast: diffusers' model as its examples train it, with PyTorch's
     fused AdamW and no average of the weights; ours as engine.train does, average included, or with
-    `plainly` by PyTorch's passes and with autocast's casts. In float32 without `low`."""
+    `plainly` by PyTorch's passes and with autocast's casts. In float32 without `low`, without an
+    average where not `averaged`."""
 
-    def __init__(self, model: torch.nn.Module, name: str, batch: int, plainly=False, low=True):
+    def __init__(
+        self, model: torch.nn.Module, name: str, batch: int, plainly=False, low=True, averaged=True
+    ):
         self.model = model.train()
         ours = isinstance(model, engine.UNet)
         optimizer = AdamW if ours else torch.optim.AdamW
         self.optimizer = optimizer(model.parameters(), lr=1e-5, fused=True)
-        self.average = {k: p.detach().clone() for k, p in model.named_parameters()} if ours else {}
+        averaged = dict(model.named_parameters()) if ours and averaged else {}
+        self.average = {k: p.detach().clone() for k, p in averaged.items()}
         self.update = Update(self.optimizer, self.average, 1.0)
         if ours and not plainly:
             self.update = choose_update(self.optimizer, self.average, 1.0, model if low else None)
