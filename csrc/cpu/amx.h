@@ -18,6 +18,21 @@
 #endif
 #endif
 
+// Between the two, functions may use AVX-512 with its bfloat16; no library is included there.
+#define ENGINE_BF16_FEATURES "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi,bmi2"
+#define ENGINE_BF16_STRING(text) #text
+#define ENGINE_BF16_PRAGMA(text) _Pragma(ENGINE_BF16_STRING(text))
+#ifdef __clang__
+#define ENGINE_BF16_TARGET \
+  ENGINE_BF16_PRAGMA(      \
+      clang attribute push(__attribute__((target(ENGINE_BF16_FEATURES))), apply_to = function))
+#define ENGINE_BF16_TARGET_END _Pragma("clang attribute pop")
+#else
+#define ENGINE_BF16_TARGET \
+  _Pragma("GCC push_options") ENGINE_BF16_PRAGMA(GCC target(ENGINE_BF16_FEATURES))
+#define ENGINE_BF16_TARGET_END _Pragma("GCC pop_options")
+#endif
+
 #ifdef ENGINE_AMX
 namespace engine {
 namespace amx {

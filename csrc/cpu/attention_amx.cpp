@@ -29,14 +29,7 @@
 
 #include "attention_amx_tiles.h"
 
-#ifdef __clang__
-#pragma clang attribute push(                                                               \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
-#endif
+ENGINE_BF16_TARGET
 
 namespace engine {
 namespace amx {
@@ -240,11 +233,7 @@ static void forward(Forward& f, int64_t begin, int64_t end) {
 }  // namespace amx
 }  // namespace engine
 
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+ENGINE_BF16_TARGET_END
 
 namespace engine {
 

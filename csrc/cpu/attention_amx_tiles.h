@@ -11,14 +11,7 @@
 #include "amx.h"
 #include "attention.h"
 
-#ifdef __clang__
-#pragma clang attribute push(                                                               \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
-#endif
+ENGINE_BF16_TARGET
 
 namespace engine {
 namespace amx {
@@ -322,8 +315,4 @@ void store_transposed(const AttentionView& view, char* head, int64_t row, int64_
 }  // namespace amx
 }  // namespace engine
 
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+ENGINE_BF16_TARGET_END

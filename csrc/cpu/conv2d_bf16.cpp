@@ -43,14 +43,7 @@
 #include "conv2d_bf16_blocks.h"
 #include "conv2d_bf16_dots.h"
 
-#ifdef __clang__
-#pragma clang attribute push(                                                               \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
-#endif
+ENGINE_BF16_TARGET
 
 namespace engine {
 namespace conv2d_bf16 {
@@ -327,11 +320,7 @@ void convolve(const Convolution& c, int64_t begin, int64_t end) {
 }  // namespace conv2d_bf16
 }  // namespace engine
 
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+ENGINE_BF16_TARGET_END
 
 namespace engine {
 

@@ -19,14 +19,7 @@
 
 #include "conv2d_bf16_blocks.h"
 
-#ifdef __clang__
-#pragma clang attribute push(                                                               \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
-#endif
+ENGINE_BF16_TARGET
 
 namespace engine {
 namespace conv2d_bf16 {
@@ -124,8 +117,4 @@ inline void dots(bool two, int64_t count, const Step* step, const Step* end, con
 }  // namespace conv2d_bf16
 }  // namespace engine
 
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+ENGINE_BF16_TARGET_END

@@ -15,26 +15,14 @@
 #define ENGINE_LEVEL 2
 #define ENGINE_BF16_DOTS 1
 #define ENGINE_KERNELS "conv2d_winograd_loops.h"
-#ifdef __clang__
-#pragma clang attribute push(                                                             \
-    __attribute__((                                                                       \
-        target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi,bmi2"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi,bmi2")
-#endif
+ENGINE_BF16_TARGET
 namespace engine {
 namespace avx512_bf16 {
 #include "simd.h"
 #include ENGINE_KERNELS
 }  // namespace avx512_bf16
 }  // namespace engine
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+ENGINE_BF16_TARGET_END
 
 namespace engine {
 
